@@ -1,0 +1,66 @@
+// What this processor offers, asked at run time; and the int4 unpacking that needs no operator of its own.
+#include "kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+namespace qdiff {
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+namespace {
+
+// The operating system must also save the tile registers: bits 17 and 18 of XCR0.
+bool amx_int8() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & (1u << 27))) return false;
+    unsigned low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    const unsigned tiles = (1u << 17) | (1u << 18);
+    if ((low & tiles) != tiles || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    return (d & (1u << 24)) && (d & (1u << 25));
+}
+
+}  // namespace
+
+CpuFeatures cpu_features() {
+    __builtin_cpu_init();
+    CpuFeatures features{};
+    features.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    features.avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    features.avx512_vnni = features.avx512 && __builtin_cpu_supports("avx512vnni");
+    features.amx_int8 = amx_int8();
+    return features;
+}
+
+#elif defined(__aarch64__) && defined(__linux__)
+
+CpuFeatures cpu_features() {
+    CpuFeatures features{};
+    features.dotprod = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+    return features;
+}
+
+#else
+
+CpuFeatures cpu_features() { return {}; }
+
+#endif
+
+void unpack_int4(const uint8_t* packed, int8_t* out, int64_t rows, int64_t columns) {
+    const int64_t bytes = ceil_div(columns, 2);
+#pragma omp parallel for schedule(static) if (rows * columns >= kParallelElements)
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t k = 0; k < columns; ++k) {
+            const int nibble = packed[row * bytes + k / 2] >> (k % 2 * 4) & 0xF;
+            out[row * columns + k] = static_cast<int8_t>((nibble ^ 8) - 8);
+        }
+    }
+}
+
+}  // namespace qdiff
