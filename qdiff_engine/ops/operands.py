@@ -1,0 +1,220 @@
+"""What the integer operators work on: weights, K segments, and the checks every backend shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import numerics
+
+STORAGES = (torch.int8, torch.uint8)
+ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "geglu")
+_T = TypeVar("_T")
+
+
+@dataclass(eq=False)
+class GemmWeight:
+    """Weights of a linear layer, w[n, k] = scale[n] * values[n, k]."""
+
+    values: Tensor  # int8 [N, K]
+    scale: Tensor  # float32 [N]
+    sums: Tensor  # int32 [N], sum of values over k
+    prepared: dict[str, Any] = field(default_factory=dict, repr=False)  # backend name -> its own form of the weights
+
+
+@dataclass(eq=False)
+class ConvWeight:
+    """Weights of a convolution, w[n, k, r, s] = scale[n] * values[n, k, r, s], and how it walks the image."""
+
+    values: Tensor  # int8 [Cout, Cin / groups, R, S]
+    scale: Tensor  # float32 [Cout]
+    sums: Tensor  # int32 [Cout], sum of values over all taps
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]  # top, bottom, left, right
+    dilation: tuple[int, int]
+    groups: int
+    prepared: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output for an input image of this size."""
+        (_, _, r, s), (top, bottom, left, right) = self.values.shape, self.padding
+        return (
+            numerics.conv_output_size(height, r, self.stride[0], top, bottom, self.dilation[0]),
+            numerics.conv_output_size(width, s, self.stride[1], left, right, self.dilation[1]),
+        )
+
+
+class Segment(NamedTuple):
+    """One stretch of the K axis with its own quantisation: x[n, k, ...] = scale * (q - zero_point).
+
+    In mode A16 ``q`` is floating (the activation itself), and ``scale`` and ``zero_point`` are None.
+    ``bits`` 4 promises q in [-8, 7], which a backend may use to be faster; 8 is right for every q.
+    """
+
+    q: Tensor  # int8 (q), uint8 (q + 128) or floating, [N, C, H, W]
+    weight: ConvWeight
+    scale: float | None = None
+    zero_point: int | None = None
+    bits: int = 8
+
+
+def recent(cache: dict[Hashable, _T], key: Hashable, make: Callable[[], _T], limit: int = 2) -> _T:
+    """``cache[key]``, made on first use; the ``limit`` most recently used entries stay."""
+    value = cache.pop(key) if key in cache else make()
+    while len(cache) >= limit:
+        del cache[next(iter(cache))]
+    cache[key] = value
+    return value
+
+
+def pack_gemm(weight: Tensor, weight_scale: Tensor) -> GemmWeight:
+    """w[n, k] = weight_scale[n] * weight[n, k], ready for `int_gemm`.
+
+    Args:
+        weight: int8 [N, K].
+        weight_scale: float32 [N].
+    """
+    _check_weight(weight, weight_scale, ("N", "K"))
+    return GemmWeight(weight.contiguous(), weight_scale, weight.sum(1, dtype=torch.int32))
+
+
+def pack_conv2d(
+    weight: Tensor,
+    weight_scale: Tensor,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> ConvWeight:
+    """w[n, k, r, s] = weight_scale[n] * weight[n, k, r, s], ready for `int_conv2d`.
+
+    Args:
+        weight: int8 [Cout, Cin / groups, R, S].
+        weight_scale: float32 [Cout].
+        stride, dilation: (vertical, horizontal).
+        padding: (top, bottom, left, right); out-of-image taps count as the activation's zero point.
+        groups: divides Cin and Cout.
+    """
+    _check_weight(weight, weight_scale, ("Cout", "Cin / groups", "R", "S"))
+    _check_integers("stride", stride, 2, 1)
+    _check_integers("padding", padding, 4, 0)
+    _check_integers("dilation", dilation, 2, 1)
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"groups must divide Cout = {weight.shape[0]}, got {groups}")
+    sums = weight.sum((1, 2, 3), dtype=torch.int32)
+    return ConvWeight(weight.contiguous(), weight_scale, sums, stride, padding, dilation, groups)
+
+
+def _check_integers(name: str, value: tuple[int, ...], length: int, least: int) -> None:
+    if not isinstance(value, tuple) or len(value) != length or min(value) < least:
+        raise ValueError(f"{name} must be a tuple of {length} integers >= {least}, got {value}")
+
+
+def _check_weight(weight: Tensor, weight_scale: Tensor, axes: tuple[str, ...]) -> None:
+    if weight.dtype != torch.int8 or weight.dim() != len(axes):
+        raise TypeError(f"weight must be int8 [{', '.join(axes)}], got {weight.dtype} {list(weight.shape)}")
+    if weight_scale.dtype != torch.float32 or weight_scale.shape != weight.shape[:1]:
+        raise TypeError(
+            f"weight_scale must be float32 [{weight.shape[0]}], got {weight_scale.dtype} {list(weight_scale.shape)}"
+        )
+    if (taps := weight[0].numel() if len(weight) else 0) > numerics.MAX_K:
+        raise ValueError(f"weight has {taps} taps per output, an int32 accumulator holds {numerics.MAX_K}")
+
+
+def check_gemm(
+    q: Tensor,
+    weight: GemmWeight,
+    scale: float | None,
+    zero_point: int | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    output_scale: Tensor | None,
+) -> None:
+    """Raise TypeError or ValueError where the operands of `int_gemm` do not fit together."""
+    if not isinstance(weight, GemmWeight):
+        raise TypeError(f"weight must come from pack_gemm, got {type(weight).__name__}")
+    n, k = weight.values.shape
+    _check_activation(q, scale, zero_point)
+    if q.dim() == 0 or q.shape[-1] != k:
+        raise ValueError(f"q must be [..., {k}] for a weight [{n}, {k}], got {list(q.shape)}")
+    _check_float("bias", bias, (n,))
+    _check_float("output_scale", output_scale, (n,))
+    _check_float("residual", residual, (*q.shape[:-1], n))
+
+
+def check_conv2d(
+    segments: Sequence[Segment],
+    bias: Tensor | None,
+    temb: Tensor | None,
+    residual: Tensor | None,
+    output_scale: Tensor | None,
+) -> None:
+    """Raise TypeError or ValueError where the operands of `int_conv2d` do not fit together."""
+    if not segments:
+        raise ValueError("segments must hold at least one Segment, got none")
+    shape = None
+    for q, weight, scale, zero_point, _ in segments:
+        if not isinstance(weight, ConvWeight):
+            raise TypeError(f"weight must come from pack_conv2d, got {type(weight).__name__}")
+        _check_activation(q, scale, zero_point)
+        n, k = weight.values.shape[:2]
+        if q.dim() != 4 or q.shape[1] != k * weight.groups:
+            raise ValueError(f"q must be [N, {k * weight.groups}, H, W], got {list(q.shape)}")
+        output = (q.shape[0], n, *weight.output_size(q.shape[2], q.shape[3]))
+        if min(output[2:]) < 1:
+            raise ValueError(f"q {list(q.shape)} is smaller than the kernel {list(weight.values.shape)}")
+        if shape not in (None, output):
+            raise ValueError(f"segments must give one output shape, got {list(shape or ())} and {list(output)}")
+        shape = output
+    assert shape is not None
+    _check_float("bias", bias, shape[1:2])
+    _check_float("output_scale", output_scale, shape[1:2])
+    _check_float("residual", residual, shape)
+    if temb is not None and tuple(temb.shape) != (1, shape[1]):
+        _check_float("temb", temb, shape[:2])
+
+
+def _check_activation(q: Tensor, scale: float | None, zero_point: int | None) -> None:
+    if q.is_floating_point():
+        return
+    if q.dtype not in STORAGES:
+        raise TypeError(f"q must be int8, uint8 or floating, got {q.dtype}")
+    if scale is None or zero_point is None:
+        raise ValueError(f"scale and zero_point are needed for an integer q, got {scale} and {zero_point}")
+
+
+def _check_float(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is not None and (tensor.dtype != torch.float32 or tuple(tensor.shape) != tuple(shape)):
+        raise ValueError(f"{name} must be float32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+
+
+def check_quantize(
+    x: Tensor,
+    scale: float | None,
+    zero_point: int,
+    bits: int,
+    upsample: int,
+    padding: tuple[int, int, int, int],
+    storage: torch.dtype,
+) -> None:
+    """Raise TypeError or ValueError where the arguments of a quantising operator are out of range."""
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating, got {x.dtype}")
+    if storage not in STORAGES:
+        raise TypeError(f"storage must be torch.int8 or torch.uint8, got {storage}")
+    if upsample < 1 or len(padding) != 4 or min(padding) < 0:
+        raise ValueError(f"upsample must be >= 1 and padding four integers >= 0, got {upsample} and {padding}")
+    if x.dim() != 4 and (upsample != 1 or any(padding)):
+        raise ValueError(f"upsample and padding need x [N, C, H, W], got {list(x.shape)}")
+    if scale is None:
+        return
+    low, high = numerics.activation_range(bits)
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    if not low <= zero_point <= high:
+        raise ValueError(f"zero_point must lie in [{low}, {high}] for {bits} bits, got {zero_point}")

@@ -1,0 +1,256 @@
+"""The operators in plain PyTorch: exact integers on every device, used where nothing faster exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import numerics
+from . import operands
+from .operands import ConvWeight, GemmWeight, Segment
+
+# float32 holds every integer up to 2^24, so any order of adding this many products of 8-bit integers is exact.
+# 8-bit integers are exact in bfloat16 and TF32 too, so torch's matmul precision settings change nothing.
+EXACT_TAPS = 2**24 // (128 * 128)
+
+_ACTIVATIONS = {
+    "none": lambda x: x,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "geglu": lambda x: (lambda value, gate: value * F.gelu(gate))(*x.chunk(2, dim=-1)),
+}
+
+
+def available() -> tuple[bool, str]:
+    """Always: (True, reason)."""
+    return True, "plain PyTorch"
+
+
+def quantize(
+    x: Tensor,
+    scale: float,
+    zero_point: int,
+    bits: int,
+    *,
+    activation: str = "none",
+    channel_inverse: Tensor | None = None,
+    upsample: int = 1,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    storage: torch.dtype = torch.int8,
+) -> Tensor:
+    """q[..., k] = clamp(round(activation(x[..., k]) * inv_s * inv_c[k]) + z); see `ops.quantize`."""
+    operands.check_quantize(x, scale, zero_point, bits, upsample, padding, storage)
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+    inner = channels_innermost(x) if x.dim() == 4 else x
+    if activation == "geglu" and inner.shape[-1] % 2:
+        raise ValueError(f"geglu needs an even number of features, got {inner.shape[-1]}")
+    q = numerics.quantize(_ACTIVATIONS[activation](inner.float()), scale, zero_point, bits, channel_inverse)
+    if x.dim() != 4:
+        return numerics.stored(q.contiguous(), storage)
+    return numerics.stored(place(channels_second(q), upsample, padding, zero_point), storage)
+
+
+def groupnorm_silu_quantize(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float | None,
+    zero_point: int,
+    bits: int,
+    *,
+    silu: bool = True,
+    x2: Tensor | None = None,
+    pre_add: Tensor | None = None,
+    norm_scale: Tensor | None = None,
+    norm_shift: Tensor | None = None,
+    upsample: int = 1,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    storage: torch.dtype = torch.int8,
+) -> Tensor:
+    """q = quantize(silu(group_norm(cat(x, x2) + pre_add) * (1 + norm_scale) + norm_shift)).
+
+    See `ops.groupnorm_silu_quantize`.
+    """
+    operands.check_quantize(x, scale, zero_point, bits, upsample, padding, storage)
+    x = (x if x2 is None else torch.cat((x, x2), dim=1)).float()
+    if x.shape[1] % groups:
+        raise ValueError(f"groups must divide the {x.shape[1]} channels, got {groups}")
+    per_channel = (..., *[None] * (x.dim() - 2))
+    if pre_add is not None:
+        x = x + pre_add[per_channel]
+    y = torch.group_norm(x, groups, weight, bias, eps)
+    if norm_scale is not None:
+        y = y * (1 + norm_scale[per_channel])
+    if norm_shift is not None:
+        y = y + norm_shift[per_channel]
+    y = channels_second(channels_innermost(F.silu(y) if silu else y).contiguous())
+    if scale is None:
+        return place(y, upsample, padding, 0.0)
+    q = numerics.quantize(y, scale, zero_point, bits)
+    return numerics.stored(place(q, upsample, padding, zero_point), storage)
+
+
+def layernorm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float | None,
+    zero_point: int,
+    bits: int,
+    *,
+    storage: torch.dtype = torch.int8,
+) -> Tensor:
+    """q[..., k] = quantize(layer_norm(x)[..., k]); see `ops.layernorm_quantize`."""
+    operands.check_quantize(x, scale, zero_point, bits, 1, (0, 0, 0, 0), storage)
+    y = F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps)
+    return y if scale is None else numerics.stored(numerics.quantize(y, scale, zero_point, bits), storage)
+
+
+def int_gemm(
+    q: Tensor,
+    weight: GemmWeight,
+    scale: float | None,
+    zero_point: int | None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    output_scale: Tensor | None = None,
+) -> Tensor:
+    """y[m, n] = s s_w[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n]; see `ops.int_gemm`."""
+    operands.check_gemm(q, weight, scale, zero_point, bias, residual, output_scale)
+    weight_scale = weight.scale if output_scale is None else weight.scale * output_scale
+    if q.is_floating_point():
+        y = F.linear(q.float(), weight.values.float() * weight_scale[:, None], bias)
+        return y if residual is None else y.add_(residual)
+    assert scale is not None and zero_point is not None
+    x = numerics.signed(q).reshape(1, -1, q.shape[-1])
+    acc = _exact_sum(_chunks(x.float(), weight.values.t()[None]))[0]
+    y = acc.sub_(weight.sums, alpha=zero_point).float().mul_(weight_scale * scale)
+    y = y.reshape(*q.shape[:-1], len(weight.values))
+    for term in (bias, residual):
+        y = y if term is None else y.add_(term)
+    return y
+
+
+def int_conv2d(
+    segments: Sequence[Segment],
+    bias: Tensor | None = None,
+    *,
+    temb: Tensor | None = None,
+    residual: Tensor | None = None,
+    reuse_residual: bool = False,
+    output_scale: Tensor | None = None,
+) -> Tensor:
+    """y = sum over segments of s s_w (acc - z wsum[class]) + bias + temb + residual; see `ops.int_conv2d`."""
+    operands.check_conv2d(segments, bias, temb, residual, output_scale)
+    y = _convolve(segments[0], output_scale)
+    for segment in segments[1:]:
+        y += _convolve(segment, output_scale)
+    if bias is not None:
+        y += bias[:, None, None]
+    if temb is not None:
+        y += temb[:, :, None, None]
+    return y if residual is None else y.add_(residual)
+
+
+def _convolve(segment: Segment, output_scale: Tensor | None) -> Tensor:
+    """y[n, o, i, j] = s s_w[o] (acc - z wsum) of one segment, float32 channels_last."""
+    q, weight, scale, zero_point, _ = segment
+    weight_scale = weight.scale if output_scale is None else weight.scale * output_scale
+    if q.is_floating_point():
+        x = place(q.float(), 1, weight.padding, 0.0)
+        dequantized = weight.values.float() * weight_scale[:, None, None, None]
+        y = F.conv2d(x, dequantized, None, weight.stride, 0, weight.dilation, weight.groups)
+        return y.contiguous(memory_format=torch.channels_last)
+    assert scale is not None and zero_point is not None
+    # with the padding written out as z, every output sees all its taps and wsum is one number per channel
+    x = place(numerics.signed(q), 1, weight.padding, zero_point)
+    acc = _exact_sum(_taps(channels_innermost(x), weight)).transpose(0, 1).flatten(1)
+    y = acc.sub_(weight.sums, alpha=zero_point).float().mul_(weight_scale * scale)
+    return channels_second(y.reshape(len(q), *weight.output_size(*q.shape[2:]), len(weight.values)).contiguous())
+
+
+def _taps(x: Tensor, weight: ConvWeight) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs (x [G, M, K], w [G, K, Cout / G]), one for every kernel tap: their products sum to the convolution."""
+    n, height, width, _ = x.shape
+    cout, k, kernel_r, kernel_s = weight.values.shape
+    (sy, sx), (dy, dx), g = weight.stride, weight.dilation, weight.groups
+    oh = numerics.conv_output_size(height, kernel_r, sy, 0, 0, dy)
+    ow = numerics.conv_output_size(width, kernel_s, sx, 0, 0, dx)
+    x = x.float()
+    by_tap = weight.values.reshape(g, cout // g, k, kernel_r, kernel_s)
+    for r in range(kernel_r):
+        for s in range(kernel_s):
+            tap = x[:, r * dy : r * dy + (oh - 1) * sy + 1 : sy, s * dx : s * dx + (ow - 1) * sx + 1 : sx]
+            by_group = tap.reshape(n * oh * ow, g, k).transpose(0, 1)
+            yield from _chunks(by_group, by_tap[..., r, s].transpose(1, 2))
+
+
+def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """x [G, M, K] and w [G, K, N] cut along K into pieces of at most EXACT_TAPS."""
+    for k in range(0, x.shape[-1], EXACT_TAPS):
+        yield x[..., k : k + EXACT_TAPS], weight[:, k : k + EXACT_TAPS]
+
+
+def _exact_sum(products: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """acc[g, m, n] = sum of a @ b over all pairs, int32, exact: float32 sums are emptied before they can round."""
+    total = partial = None
+    taps = 0
+    for a, b in products:
+        if partial is None or taps + a.shape[-1] > EXACT_TAPS:
+            total = _emptied(total, partial)
+            partial, taps = torch.bmm(a, b.float()), a.shape[-1]
+        else:
+            partial.baddbmm_(a, b.float())
+            taps += a.shape[-1]
+    total = _emptied(total, partial)
+    assert total is not None
+    return total
+
+
+def _emptied(total: Tensor | None, partial: Tensor | None) -> Tensor | None:
+    if partial is None:
+        return total
+    return partial.to(torch.int32) if total is None else total.add_(partial.to(torch.int32))
+
+
+def channels_innermost(x: Tensor) -> Tensor:
+    """[N, C, *spatial] seen as [N, *spatial, C]."""
+    return x.movedim(1, -1)
+
+
+def channels_second(x: Tensor) -> Tensor:
+    """[N, *spatial, C] seen as [N, C, *spatial]."""
+    return x.movedim(-1, 1)
+
+
+def place(x: Tensor, upsample: int, padding: tuple[int, int, int, int], fill: float) -> Tensor:
+    """out[n, c, i, j] = x[n, c, (i - top) / u, (j - left) / u] inside the image, ``fill`` outside; channels_last."""
+    if x.dim() != 4:
+        return x
+    n, c, height, width = x.shape
+    top, bottom, left, right = padding
+    if upsample == 1 and not any(padding):
+        return x.contiguous(memory_format=torch.channels_last)
+    height, width = height * upsample, width * upsample
+    out = torch.empty(
+        (n, c, height + top + bottom, width + left + right),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    if any(padding):
+        out.fill_(fill)
+    inside = out[:, :, top : top + height, left : left + width]
+    for i in range(upsample):
+        for j in range(upsample):
+            inside[:, :, i::upsample, j::upsample] = x
+    return out

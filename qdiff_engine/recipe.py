@@ -1,0 +1,99 @@
+"""What the user asks for: precisions, how ranges are found, and which later stages run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "weight_bits": (4, 8),
+    "activation_bits": (4, 8, 16),
+    "observer": ("minmax", "percentile", "mse"),
+    "weights": ("nearest",),
+    "edges": ("a16", "a8"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A quantisation request; every field has the command line's name.
+
+    Args:
+        weight_bits: 4 or 8. The first and the last layer always have 8-bit weights.
+        activation_bits: 4, 8 or 16; 16 keeps activations floating (integer weights).
+        plan: "uniform", or the mode ("A4", "A8", "A16") of every calibrated row, noisiest step first.
+        weights: how weights are rounded: "nearest" (with the scale of least squared error per channel).
+        observer: how a range is read off the statistics: "minmax", "percentile" or "mse".
+        rows: which rows share a range: "step" (none), "group:K" (K neighbours) or "static" (all).
+        edges: "a16" keeps the first layer's activations floating, "a8" quantises them to 8 bits.
+
+    Raises:
+        ValueError: a field has a value outside its choices; the message lists them.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    plan: str | tuple[str, ...] = "uniform"
+    weights: str = "nearest"
+    observer: str = "mse"
+    rows: str = "step"
+    edges: str = "a16"
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices or type(value) is not type(choices[0]):
+                raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
+        if isinstance(self.plan, list):
+            object.__setattr__(self, "plan", tuple(self.plan))
+        if isinstance(self.plan, tuple):
+            wrong = sorted({str(mode) for mode in self.plan} - {"A4", "A8", "A16"})
+            if wrong or not self.plan:
+                raise ValueError(f"plan must name A4, A8 or A16 for every row, got {wrong or 'an empty plan'}")
+        elif self.plan != "uniform":
+            raise ValueError(f"plan must be 'uniform' or a sequence of modes, got {self.plan!r}")
+        self.row_group()
+
+    def row_group(self) -> int:
+        """How many neighbouring rows share one range; 0 means all of them."""
+        if self.rows == "step":
+            return 1
+        if self.rows == "static":
+            return 0
+        kind, _, count = str(self.rows).partition(":")
+        if kind != "group" or not re.fullmatch("[0-9]{1,9}", count) or int(count) < 1:
+            raise ValueError(f"rows must be 'step', 'static' or 'group:K' with K >= 1, got {self.rows!r}")
+        return int(count)
+
+    @classmethod
+    def named(cls, name: str, **changes: Any) -> Recipe:
+        """The recipe called ``name``, with fields replaced by ``changes``."""
+        if name not in NAMED:
+            raise ValueError(f"recipe must be one of {', '.join(NAMED)}, got {name!r}")
+        return cls.from_dict({**NAMED[name], **changes})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """A recipe from field names and values; unknown names raise with the list of valid ones."""
+        fields = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            raise ValueError(f"recipe has no field {', '.join(map(repr, unknown))}; valid are {', '.join(fields)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, the inverse of `from_dict`."""
+        values = dataclasses.asdict(self)
+        values["plan"] = list(self.plan) if isinstance(self.plan, tuple) else self.plan
+        return values
+
+
+NAMED: dict[str, dict[str, Any]] = {
+    "w8a8": {"weight_bits": 8, "activation_bits": 8},
+    "w4a8": {"weight_bits": 4, "activation_bits": 8},
+    "w4a4": {"weight_bits": 4, "activation_bits": 4},
+    "w8a16": {"weight_bits": 8, "activation_bits": 16},
+    "w4a16": {"weight_bits": 4, "activation_bits": 16},
+}

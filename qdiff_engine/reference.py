@@ -1,0 +1,193 @@
+"""The specification of the operators, in plain PyTorch with float64 and int64: slow, and what every backend must equal.
+
+Quantisation itself is specified in float32 (`numerics.quantize`): what precedes it is computed in float64 and rounded
+to float32 once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import numerics
+
+
+def quantize(
+    x: Tensor,
+    scale: float,
+    zero_point: int,
+    bits: int,
+    *,
+    activation: str = "none",
+    channel_inverse: Tensor | None = None,
+    upsample: int = 1,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+) -> Tensor:
+    """q[..., k] = clamp(round_half_even(activation(x[..., k]) * inv_s * inv_c[k]) + z) as int8.
+
+    ``x`` is [N, C, H, W] with the features along C, or has them along its last axis.
+    """
+    axis = 1 if x.dim() == 4 else -1
+    y = activate(x.double().movedim(axis, -1), activation).float()
+    q = numerics.quantize(y, scale, zero_point, bits, channel_inverse).movedim(-1, axis)
+    return place(q, upsample, padding, zero_point)
+
+
+def groupnorm_silu_quantize(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float | None,
+    zero_point: int,
+    bits: int,
+    *,
+    silu: bool = True,
+    x2: Tensor | None = None,
+    pre_add: Tensor | None = None,
+    norm_scale: Tensor | None = None,
+    norm_shift: Tensor | None = None,
+    upsample: int = 1,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+) -> Tensor:
+    """q = quantize(silu(group_norm(cat(x, x2) + pre_add) * (1 + norm_scale) + norm_shift)) as int8.
+
+    ``scale`` None gives the float64 value before quantisation, padded with 0.
+    """
+    x = (x if x2 is None else torch.cat((x, x2), dim=1)).double()
+    spatial = [1] * (x.dim() - 2)
+
+    def per_channel(values: Tensor) -> Tensor:  # [C] or [N, C]
+        return values.double().reshape(*values.shape, *spatial)
+
+    if pre_add is not None:
+        x = x + per_channel(pre_add)
+    grouped = x.reshape(len(x), groups, -1)
+    variance, mean = torch.var_mean(grouped, dim=2, correction=0, keepdim=True)
+    y = ((grouped - mean) / torch.sqrt(variance + eps)).reshape(x.shape)
+    if weight is not None:
+        y = y * per_channel(weight)
+    if bias is not None:
+        y = y + per_channel(bias)
+    if norm_scale is not None:
+        y = y * (1 + per_channel(norm_scale))
+    if norm_shift is not None:
+        y = y + per_channel(norm_shift)
+    y = F.silu(y) if silu else y
+    if scale is None:
+        return place(y, upsample, padding, 0.0)
+    return place(numerics.quantize(y.float(), scale, zero_point, bits), upsample, padding, zero_point)
+
+
+def layernorm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float | None,
+    zero_point: int,
+    bits: int,
+) -> Tensor:
+    """q[..., k] = quantize((x[..., k] - mean) / sqrt(var + eps) * weight[k] + bias[k]) as int8; scale None: float64."""
+    x = x.double()
+    variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
+    y = (x - mean) / torch.sqrt(variance + eps)
+    if weight is not None:
+        y = y * weight.double()
+    if bias is not None:
+        y = y + bias.double()
+    return y if scale is None else numerics.quantize(y.float(), scale, zero_point, bits)
+
+
+def gemm_accumulators(q: Tensor, weight: Tensor) -> Tensor:
+    """acc[..., n] = sum over k of q[..., k] weight[n, k] in int64; ``q`` int8 or uint8 (q + 128), ``weight`` int8."""
+    return numerics.signed(q).to(torch.int64) @ weight.to(torch.int64).t()
+
+
+def int_gemm(
+    q: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    scale: float,
+    zero_point: int,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    output_scale: Tensor | None = None,
+) -> Tensor:
+    """y[m, n] = s s_w[n] o[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n] in float64."""
+    acc = gemm_accumulators(q, weight) - zero_point * weight.to(torch.int64).sum(1)
+    y = acc.double() * (scale * weight_scale.double() * (1.0 if output_scale is None else output_scale.double()))
+    for term in (bias, residual):
+        y = y if term is None else y + term.double()
+    return y
+
+
+def conv2d_accumulators(
+    q: Tensor,
+    weight: Tensor,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """acc[n, o, i, j] = sum of q weight over the taps inside the image, in int64 [N, Cout, OH, OW]."""
+    q = place(numerics.signed(q).to(torch.int64), 1, padding, 0)
+    # float64 holds the sums of up to 2^38 products of 8-bit integers exactly
+    return F.conv2d(q.double(), weight.double(), None, stride, 0, dilation, groups).to(torch.int64)
+
+
+def int_conv2d(
+    segments: Sequence[tuple[Tensor, Tensor, Tensor, float, int]],
+    bias: Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    temb: Tensor | None = None,
+    residual: Tensor | None = None,
+    output_scale: Tensor | None = None,
+) -> Tensor:
+    """y = sum over segments of s s_w o (acc - z wsum[class]) + bias + temb + residual in float64 [N, Cout, OH, OW].
+
+    Args:
+        segments: (q, weight, weight_scale, scale, zero_point) of every stretch of the K axis.
+    """
+    y = torch.zeros((), dtype=torch.float64)
+    for q, weight, weight_scale, scale, zero_point in segments:
+        acc = conv2d_accumulators(q, weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
+        classes = numerics.border_classes(weight, (q.shape[2], q.shape[3]), stride, padding, dilation)
+        wsum = classes.sums.to(torch.int64)[classes.index].permute(2, 0, 1)
+        per_channel = scale * weight_scale.double() * (1.0 if output_scale is None else output_scale.double())
+        y = y + (acc - zero_point * wsum).double() * per_channel[:, None, None]
+    if bias is not None:
+        y = y + bias.double()[:, None, None]
+    if temb is not None:
+        y = y + temb.double()[:, :, None, None]
+    return y if residual is None else y + residual.double()
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """activation(x): "none", "silu", "gelu", "gelu_tanh", or "geglu": x[..., :F] gelu(x[..., F:])."""
+    if activation == "geglu":
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+    if activation in ("gelu", "gelu_tanh"):
+        return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    if activation not in ("none", "silu"):
+        raise ValueError(f"activation must be none, silu, gelu, gelu_tanh or geglu, got {activation!r}")
+    return F.silu(x) if activation == "silu" else x
+
+
+def place(x: Tensor, upsample: int, padding: tuple[int, int, int, int], fill: float) -> Tensor:
+    """out[n, c, i, j] = x[n, c, (i - top) // u, (j - left) // u] inside the image, ``fill`` outside it."""
+    top, bottom, left, right = padding
+    if upsample > 1:
+        x = x.repeat_interleave(upsample, 2).repeat_interleave(upsample, 3)
+    return F.pad(x, (left, right, top, bottom), value=fill) if any(padding) else x

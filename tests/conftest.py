@@ -1,0 +1,39 @@
+"""Shared fixtures. Triton reads TRITON_INTERPRET once, at import, so it is set here, before any test module loads."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Every test draws the same random numbers, alone or after others."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def demo_unet() -> torch.nn.Module:
+    """The bundled float32 UNet; shared, so a test that changes it copies it first."""
+    from qdiff_engine.models import demo_model
+
+    return demo_model().unet
+
+
+@pytest.fixture(scope="session")
+def demo_scheduler() -> Any:
+    """The demo's deployment sampler, DDIM; shared, so a test calls set_timesteps before it relies on them."""
+    from qdiff_engine.models import ddim, demo_model
+
+    return ddim(demo_model().scheduler)
