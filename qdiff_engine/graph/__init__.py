@@ -1,0 +1,1 @@
+"""The graph: captured from a module, fused into integer operators, interpreted in floats or simulated."""

@@ -1,0 +1,214 @@
+"""Run an integer graph in floating point: plain (for calibration) or simulated (fake-quant, differentiable).
+
+Both are one interpretation with two hooks: what happens to an activation at a quantiser, and which weight a layer
+multiplies with. The integers themselves are run by the runtime's executor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import numerics
+from ..tables import Table
+from ..weights import QuantizedWeight
+from .ir import Const, Graph, Node, Ref, map_leaves
+from .operators import FLOAT_OPS, INTEGER_OPS
+
+ActivationHook = Callable[[str, Tensor], Tensor]  # (site, x) -> what the layer sees
+WeightHook = Callable[[Node, int, Tensor], Tensor]  # (layer node, segment, float weight or None) -> weight
+
+
+def flatten_conditioning(conditioning: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """Nested keyword arguments as the graph's input names: {"added_cond_kwargs": {"x": t}} -> added_cond_kwargs_x."""
+    flat: dict[str, Tensor] = {}
+    for name, value in (conditioning or {}).items():
+        if isinstance(value, Mapping):
+            flat.update({f"{name}_{k}": v for k, v in flatten_conditioning(value).items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def run_float(
+    graph: Graph,
+    constants: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    *,
+    activation: ActivationHook | None = None,
+    weight: WeightHook | None = None,
+    observe: Callable[[Node, Tensor], None] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Output of the graph in floating-point arithmetic of ``dtype``.
+
+    Args:
+        graph: an integer graph (or a captured one).
+        constants: the float parameters; layer weights may be absent when ``weight`` supplies them.
+        inputs: "sample" [B, C, H, W], "timestep" [B], and the conditioning under the graph's input names.
+        activation: applied to every quantiser's input, with the site's name; identity by default.
+        weight: returns the weight of a layer's K segment; the float one by default.
+        observe: called with every node and its value, as it is computed.
+        dtype: float32 or float64.
+    """
+    interpreter = _FloatInterpreter(constants, activation or (lambda _, x: x), weight or (lambda n, i, w: w), dtype)
+    values: dict[str, Any] = {}
+    for name in graph.inputs:
+        value = inputs[name]
+        values[name] = value.to(dtype) if value.is_floating_point() and name != "timestep" else value
+    values["sample"] = values["sample"].contiguous(memory_format=torch.channels_last)
+    last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.refs()}
+    for i, node in enumerate(graph.nodes):
+        value = values[node.name] = interpreter.evaluate(node, values)
+        if observe is not None:
+            observe(node, value)
+        for name in node.refs():
+            if last_use[name] == i and name != graph.output:
+                values.pop(name, None)
+    return values[graph.output]
+
+
+class _FloatInterpreter:
+    def __init__(
+        self, constants: Mapping[str, Tensor], activation: ActivationHook, weight: WeightHook, dtype: torch.dtype
+    ) -> None:
+        self.constants, self.activation, self.weight, self.dtype = constants, activation, weight, dtype
+
+    def constant(self, key: str) -> Tensor:
+        value = self.constants[key]
+        return value.to(self.dtype) if value.is_floating_point() else value
+
+    def leaf(self, values: dict[str, Any]) -> Callable[[Any], Any]:
+        def resolve(value: Any) -> Any:
+            if isinstance(value, Ref):
+                return values[value.name]
+            if isinstance(value, Const):
+                return self.constant(value.key)
+            return self.dtype if value is torch.float32 else value
+
+        return resolve
+
+    def evaluate(self, node: Node, values: dict[str, Any]) -> Any:
+        resolve = self.leaf(values)
+        args = map_leaves(node.args, resolve)
+        if node.op not in INTEGER_OPS:
+            return FLOAT_OPS[node.op](*args, **map_leaves(node.kwargs, resolve))
+        skip = ("weight",) if node.op in ("int_gemm", "int_conv2d") else ()
+        kwargs = {k: v if k in skip else map_leaves(v, resolve) for k, v in node.kwargs.items()}
+        return getattr(self, node.op)(node, args, kwargs)
+
+    def quantize(self, node: Node, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
+        return self.activation(kwargs["site"], activate(args[0], kwargs["activation"]))
+
+    def groupnorm_silu_quantize(self, node: Node, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
+        x = torch.cat(args, 1) if len(args) > 1 else args[0]
+        y = F.group_norm(x, kwargs["groups"], kwargs["weight"], kwargs["bias"], kwargs["eps"])
+        if kwargs["norm_scale"] is not None:
+            shape = [*kwargs["norm_scale"].shape, *[1] * (x.dim() - 2)]
+            y = y * (1 + kwargs["norm_scale"].reshape(shape)) + kwargs["norm_shift"].reshape(shape)
+        return self.activation(kwargs["site"], F.silu(y) if kwargs["silu"] else y)
+
+    def layernorm_quantize(self, node: Node, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
+        x = args[0]
+        y = F.layer_norm(x, x.shape[-1:], kwargs["weight"], kwargs["bias"], kwargs["eps"])
+        return self.activation(kwargs["site"], y)
+
+    def segment_weights(self, node: Node, count: int) -> list[Tensor]:
+        key = node.kwargs["weight"].key
+        whole = self.constant(key) if key in self.constants else None
+        parts: list[Any] = [whole] * count
+        if count > 1 and whole is not None:
+            parts = list(whole.split(list(node.kwargs["segments"]), 1))
+        return [self.weight(node, i, part) for i, part in enumerate(parts)]
+
+    def int_gemm(self, node: Node, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
+        (weight,) = self.segment_weights(node, 1)
+        y = F.linear(args[0], weight, kwargs["bias"])
+        return y if kwargs["residual"] is None else y + kwargs["residual"]
+
+    def int_conv2d(self, node: Node, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
+        y: Tensor | None = None
+        for x, weight in zip(args, self.segment_weights(node, len(args)), strict=True):
+            part = convolve(x, weight, None if y is not None else kwargs["bias"], kwargs)
+            y = part if y is None else y + part
+        assert y is not None
+        if kwargs["temb"] is not None:
+            y = y + kwargs["temb"][:, :, None, None]
+        return y if kwargs["residual"] is None else y + kwargs["residual"]
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The pointwise function a quantiser applies first."""
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if activation == "geglu":
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+    return x
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, attributes: Mapping[str, Any]) -> Tensor:
+    """conv2d with a nearest-upsampled input and four-sided padding, as an ``int_conv2d`` node describes it."""
+    if attributes["upsample"] > 1:
+        x = F.interpolate(x, scale_factor=float(attributes["upsample"]), mode="nearest")
+    top, bottom, left, right = attributes["padding"]
+    padding = (top, left)
+    if (top, left) != (bottom, right):
+        x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+    return F.conv2d(
+        x, weight, bias, attributes["stride"], padding, attributes["dilation"], attributes["groups"]
+    )
+
+
+def fake_quantize(x: Tensor, scale: Tensor | float, zero_point: Tensor | int, bits: int) -> Tensor:
+    """s (clamp(round(x * inv_s) + z) - z), with the straight-through gradient inside the range.
+
+    Rounds as `numerics.quantize` does (float32 product, half to even), so it equals the integers' values exactly.
+    """
+    low, high = numerics.activation_range(bits)
+    if isinstance(scale, Tensor):
+        scaled = x / scale
+        rounded = scaled + (torch.round(scaled) - scaled).detach()
+    else:
+        scaled = x.float() * numerics.inverse_scale(scale)
+        rounded = scaled + (torch.round(scaled) - scaled).detach()
+    return ((rounded + zero_point).clamp(low, high) - zero_point).to(x.dtype) * scale
+
+
+def simulate(
+    graph: Graph,
+    constants: Mapping[str, Tensor],
+    weights: Mapping[str, tuple[QuantizedWeight, ...]],
+    table: Table,
+    inputs: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype = torch.float64,
+    observe: Callable[[Node, Tensor], None] | None = None,
+) -> Tensor:
+    """The quantised model's output with fake-quant arithmetic in ``dtype``: what the integers must reproduce."""
+    row = table.row(float(inputs["timestep"].flatten()[0]))
+    sites = {site: i for i, site in enumerate(table.sites)}
+
+    def activation(site: str, x: Tensor) -> Tensor:
+        at = sites[site]
+        bits = int(table.bits[row, at])
+        if bits == 16:
+            return x
+        return fake_quantize(x, float(table.scale[row, at]), int(table.zero_point[row, at]), bits)
+
+    def weight(node: Node, segment: int, _: Tensor | None) -> Tensor:
+        return weights[node.kwargs["layer"]][segment].dequantize(dtype)
+
+    output = run_float(
+        graph, constants, inputs, activation=activation, weight=weight, observe=observe, dtype=dtype
+    )
+    shape = (1, -1, *[1] * (output.dim() - 2))
+    return output * table.output_scale[row].to(dtype).reshape(shape) + table.output_shift[row].to(dtype).reshape(shape)

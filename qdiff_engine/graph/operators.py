@@ -1,0 +1,67 @@
+"""The operators a graph may contain: floating-point ATen operators by name, and the engine's integer operators."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INTEGER_OPS = frozenset({"quantize", "groupnorm_silu_quantize", "layernorm_quantize", "int_gemm", "int_conv2d"})
+
+# elementwise permutations of one tensor: quantisation commutes with them
+LAYOUT_OPS = frozenset("view reshape transpose permute flatten unflatten squeeze unsqueeze movedim t".split())
+
+_ATEN = """
+add sub rsub mul div neg pow sqrt rsqrt exp log sin cos tanh sigmoid abs clamp clamp_min clamp_max maximum minimum
+reciprocal square floor_divide remainder floor ceil round erf sign where eq ne lt le gt ge logical_and logical_or
+logical_not silu gelu relu relu6 leaky_relu hardswish hardsigmoid hardtanh mish elu celu selu softplus softmax _softmax
+log_softmax glu prelu transpose permute flatten unflatten squeeze unsqueeze movedim t expand expand_as repeat cat stack
+chunk split split_with_sizes slice select narrow unbind tile repeat_interleave pixel_shuffle pixel_unshuffle
+channel_shuffle roll flip mean sum amax amin var std linalg_vector_norm cumsum conv2d conv1d conv3d conv_transpose1d
+conv_transpose2d linear matmul mm bmm addmm baddbmm einsum scaled_dot_product_attention avg_pool2d max_pool2d
+adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d constant_pad_nd pad reflection_pad2d
+replication_pad2d group_norm layer_norm batch_norm instance_norm rms_norm arange ones zeros full ones_like zeros_like
+full_like scalar_tensor embedding index_select gather index masked_fill tril triu type_as
+""".split()
+
+# dropped at capture, for at inference they return their first argument
+IDENTITY_OPS = frozenset(
+    "dropout feature_dropout alpha_dropout alias detach contiguous clone lift_fresh lift_fresh_copy".split()
+)
+
+
+def _reshape(x: Tensor, *shape: Any) -> Tensor:
+    """``view`` as the graph means it: its inputs may be channels-last here, where a strict view does not exist."""
+    return x.reshape(*shape)
+
+
+def _to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x.to(*args, **kwargs)
+
+
+def _packet(name: str) -> Callable[..., Any]:
+    return getattr(torch.ops.aten, name)
+
+
+FLOAT_OPS: dict[str, Callable[..., Any]] = {name: _packet(name) for name in _ATEN if hasattr(torch.ops.aten, name)}
+FLOAT_OPS.update(
+    {
+        "view": _reshape,
+        "reshape": _reshape,
+        "to": _to,
+        "getitem": operator.getitem,
+        "sym_size": lambda x, dim: x.shape[dim],
+        "sym_add": operator.add,
+        "sym_sub": operator.sub,
+        "sym_mul": operator.mul,
+        "sym_floordiv": operator.floordiv,
+        "conv2d": torch.nn.functional.conv2d,
+        "linear": torch.nn.functional.linear,
+        "silu": torch.nn.functional.silu,
+        "scaled_dot_product_attention": torch.nn.functional.scaled_dot_product_attention,
+    }
+)
+OPERATORS = frozenset(FLOAT_OPS) | INTEGER_OPS
