@@ -1,0 +1,384 @@
+"""Integer graph -> flat list of instructions for one backend, run without allocation of graph objects or dispatch.
+
+An instruction is a closure ``(values, row)``; ``values`` is a list with one slot per graph value, and ``row`` the
+constants of the calibrated row that serves the timestep. Slots are emptied after their last reader.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..graph.interpret import activate
+from ..graph.ir import Const, Graph, Node, Ref, map_leaves
+from ..graph.operators import FLOAT_OPS, INTEGER_OPS
+from ..tables import Table
+from ..weights import QuantizedWeight
+from .lowering import lower_for_cpu
+
+Values = list[Any]
+_CACHED_TIMESTEPS = 256
+_CACHED_BYTES = 16 << 20  # of timestep-only values kept between calls
+
+
+@dataclass(frozen=True)
+class Row:
+    """Host copy of a table row: (scale, zero point, bits) per site, and the output's affine correction."""
+
+    sites: tuple[tuple[float, int, int], ...]
+    output_scale: Tensor | None
+    output_shift: Tensor | None
+
+
+Instruction = Callable[[Values, Row], None]
+
+
+def make_rows(table: Table) -> tuple[Row, ...]:
+    """The table as plain numbers; an identity correction is None, so that it costs nothing."""
+    rows = []
+    for r in range(len(table.timesteps)):
+        sites = zip(table.scale[r].tolist(), table.zero_point[r].tolist(), table.bits[r].tolist(), strict=True)
+        a, b = table.output_scale[r], table.output_shift[r]
+        identity = bool((a == 1).all()) and bool((b == 0).all())
+        rows.append(Row(tuple(sites), None if identity else a, None if identity else b))
+    return tuple(rows)
+
+
+class Program:
+    """A compiled model. ``run`` is the whole forward pass; not re-entrant, like the module that owns it."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        weights: Mapping[str, tuple[QuantizedWeight, ...]],
+        constants: Mapping[str, Tensor],
+        table: Table,
+        device: torch.device,
+        backend: str | None = None,
+    ) -> None:
+        lowered = lower_for_cpu(graph)
+        self.rows = make_rows(table)
+        self.inputs = tuple(lowered.inputs)
+        compiler = _Compiler(lowered, weights, constants, table, device, backend)
+        self.slots = compiler.slots
+        self.sections = {name: compiler.section(name) for name in ("prompt", "time", "main")}
+        self.output = compiler.slots[graph.output]
+        self._kept = {name: compiler.kept_after(name) for name in ("prompt", "time")}
+        self._prompts = _Cache(limit=4)
+        self._times = _Cache(limit=_CACHED_TIMESTEPS)
+
+    @torch.inference_mode()
+    def run(self, inputs: Mapping[str, Tensor], timestep: float, row: int) -> Tensor:
+        """Output for ``inputs`` (every graph input by name); ``timestep`` is the value in inputs["timestep"]."""
+        values: Values = [None] * len(self.slots)
+        for name in self.inputs:
+            values[self.slots[name]] = inputs[name]
+        batch = inputs["sample"].shape[0]
+        conditioning = [inputs[name] for name in self.inputs if name not in ("sample", "timestep")]
+        constants = self.rows[row]
+        self._cached("prompt", self._prompts, (batch,), conditioning, values, constants)
+        self._cached("time", self._times, (batch, timestep), conditioning, values, constants)
+        for instruction in self.sections["main"]:
+            instruction(values, constants)
+        return values[self.output]
+
+    def _cached(
+        self, section: str, cache: _Cache, key: tuple, conditioning: list[Tensor], values: Values, row: Row
+    ) -> None:
+        """Run a section, or restore what it left behind at an earlier call with equal inputs."""
+        kept = cache.get(key, conditioning)
+        if kept is None:
+            for instruction in self.sections[section]:
+                instruction(values, row)
+            kept = [(slot, values[slot]) for slot in self._kept[section]]
+            cache.put(key, conditioning, kept)
+        for slot, value in kept:
+            values[slot] = value
+
+
+class _Cache:
+    """Least recently used values by key; conditioning is compared by content, never by identity."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self.entries: OrderedDict[tuple, tuple[list[Tensor], list[tuple[int, Any]], int]] = OrderedDict()
+
+    def get(self, key: tuple, conditioning: list[Tensor]) -> list[tuple[int, Any]] | None:
+        entry = self.entries.get(key)
+        if entry is None or len(entry[0]) != len(conditioning):
+            return None
+        if not all(torch.equal(a, b) for a, b in zip(entry[0], conditioning, strict=True)):
+            return None
+        self.entries.move_to_end(key)
+        return entry[1]
+
+    def put(self, key: tuple, conditioning: list[Tensor], kept: list[tuple[int, Any]]) -> None:
+        size = sum(v.numel() * v.element_size() for _, v in kept if isinstance(v, Tensor))
+        self._drop(key)
+        self.entries[key] = ([c.clone() for c in conditioning], kept, size)
+        self.bytes += size
+        while len(self.entries) > 1 and (len(self.entries) > self.limit or self.bytes > _CACHED_BYTES):
+            self._drop(next(iter(self.entries)))
+
+    def _drop(self, key: tuple) -> None:
+        entry = self.entries.pop(key, None)
+        self.bytes -= entry[2] if entry is not None else 0
+
+
+class _Compiler:
+    def __init__(
+        self,
+        graph: Graph,
+        weights: Mapping[str, tuple[QuantizedWeight, ...]],
+        constants: Mapping[str, Tensor],
+        table: Table,
+        device: torch.device,
+        backend: str | None,
+    ) -> None:
+        self.graph, self.weights, self.constants = graph, weights, constants
+        self.slots = {name: i for i, name in enumerate([*graph.inputs, *(node.name for node in graph.nodes)])}
+        self.columns = {site: i for i, site in enumerate(table.sites)}
+        self.quantizers = graph.quantizer_of()
+        self.storage = ops.storage(device, backend)
+        self.kernels = {name: ops.resolve(name, device, backend) for name in sorted(INTEGER_OPS)}
+        self.last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.refs()}
+        self.alias_use = self._alias_use()
+
+    def _alias_use(self) -> dict[str, int]:
+        """Last reader of each value or of anything that may share its memory (any floating-point operator's result)."""
+        use = dict(self.last_use)
+        for node in reversed(self.graph.nodes):
+            if node.op not in INTEGER_OPS:
+                for name in node.refs():
+                    use[name] = max(use.get(name, -1), use.get(node.name, -1))
+        return use
+
+    def section(self, name: str) -> list[Instruction]:
+        """Instructions of one section; the main one empties slots after their last reader."""
+        instructions = []
+        for i, node in enumerate(self.graph.nodes):
+            if node.section != name:
+                continue
+            instructions.append(self.instruction(i, node))
+            dead = [
+                self.slots[value]
+                for value in dict.fromkeys(node.refs())
+                if name == "main" and self.last_use[value] == i and value != self.graph.output
+            ]
+            if dead:
+                instructions.append(_emptying(dead))
+        return instructions
+
+    def kept_after(self, section: str) -> list[int]:
+        """Slots written in ``section`` and read in a later one."""
+        by_name = {node.name: node for node in self.graph.nodes}
+        kept = {
+            self.slots[name]
+            for node in self.graph.nodes
+            for name in node.refs()
+            if name in by_name and by_name[name].section == section != node.section
+        }
+        return sorted(kept)
+
+    def instruction(self, index: int, node: Node) -> Instruction:
+        if node.op == "int_conv2d":
+            return self.int_conv2d(index, node)
+        if node.op in INTEGER_OPS:
+            return getattr(self, node.op)(node)
+        return self.floating(node)
+
+    def value(self, argument: Any) -> Callable[[Values], Any]:
+        """Reader of an optional Ref or Const argument."""
+        if isinstance(argument, Ref):
+            slot = self.slots[argument.name]
+            return lambda values: values[slot]
+        constant = self.constants[argument.key] if isinstance(argument, Const) else argument
+        return lambda values: constant
+
+    def floating(self, node: Node) -> Instruction:
+        """One of the floating-point operators, its arguments resolved as far as they are known."""
+        function, out = FLOAT_OPS[node.op], self.slots[node.name]
+
+        def known(value: Any) -> Any:
+            return self.constants[value.key] if isinstance(value, Const) else value
+
+        args, kwargs = map_leaves(node.args, known), map_leaves(node.kwargs, known)
+        nested = any(isinstance(a, tuple) for a in args) or kwargs
+        if nested:
+
+            def run_nested(values: Values, row: Row) -> None:
+                def resolve(v: Any) -> Any:
+                    return values[self.slots[v.name]] if isinstance(v, Ref) else v
+
+                values[out] = function(*map_leaves(args, resolve), **map_leaves(kwargs, resolve))
+
+            return run_nested
+        plain = [(self.slots[a.name], None) if isinstance(a, Ref) else (-1, a) for a in args]
+
+        def run(values: Values, row: Row) -> None:
+            values[out] = function(*[values[slot] if slot >= 0 else a for slot, a in plain])
+
+        return run
+
+    def quantize(self, node: Node) -> Instruction:
+        kernel, column, storage = self.kernels["quantize"], self.columns[node.kwargs["site"]], self.storage
+        read, out, activation = self.slots[node.args[0].name], self.slots[node.name], node.kwargs["activation"]
+        upsample, padding = node.kwargs["upsample"], node.kwargs["padding"]
+        placed = {"upsample": upsample, "padding": padding} if len(node.shape) == 4 else {}
+
+        def run(values: Values, row: Row) -> None:
+            scale, zero_point, bits = row.sites[column]
+            if bits == 16:
+                values[out] = _placed(activate(values[read], activation), upsample, padding)
+            else:
+                values[out] = kernel(
+                    values[read], scale, zero_point, bits, activation=activation, storage=storage, **placed
+                )
+
+        return run
+
+    def groupnorm_silu_quantize(self, node: Node) -> Instruction:
+        kernel, k, storage = self.kernels["groupnorm_silu_quantize"], node.kwargs, self.storage
+        column, out = self.columns[k["site"]], self.slots[node.name]
+        weight, bias = self.value(k["weight"])([]), self.value(k["bias"])([])
+        read = self.slots[node.args[0].name]
+        second = self.value(node.args[1] if len(node.args) > 1 else None)
+        pre_add, scale_by, shift_by = (self.value(k[name]) for name in ("pre_add", "norm_scale", "norm_shift"))
+        groups, eps, silu, upsample, padding = k["groups"], k["eps"], k["silu"], k["upsample"], k["padding"]
+
+        def run(values: Values, row: Row) -> None:
+            scale, zero_point, bits = row.sites[column]
+            floating = bits == 16
+            result = kernel(
+                values[read],
+                groups,
+                weight,
+                bias,
+                eps,
+                None if floating else scale,
+                zero_point,
+                8 if floating else bits,
+                silu=silu,
+                x2=second(values),
+                pre_add=pre_add(values),
+                norm_scale=scale_by(values),
+                norm_shift=shift_by(values),
+                upsample=1 if floating else upsample,
+                padding=(0, 0, 0, 0) if floating else padding,
+                storage=storage,
+            )
+            values[out] = _placed(result, upsample, padding) if floating else result
+
+        return run
+
+    def layernorm_quantize(self, node: Node) -> Instruction:
+        kernel, storage, eps = self.kernels["layernorm_quantize"], self.storage, node.kwargs["eps"]
+        column, out, read = self.columns[node.kwargs["site"]], self.slots[node.name], self.slots[node.args[0].name]
+        weight, bias = self.value(node.kwargs["weight"])([]), self.value(node.kwargs["bias"])([])
+
+        def run(values: Values, row: Row) -> None:
+            scale, zero_point, bits = row.sites[column]
+            if bits == 16:
+                values[out] = kernel(values[read], weight, bias, eps, None, 0, 8, storage=storage)
+            else:
+                values[out] = kernel(values[read], weight, bias, eps, scale, zero_point, bits, storage=storage)
+
+        return run
+
+    def _corrected(self, node: Node) -> Callable[[Row, Tensor | None], tuple[Tensor | None, Tensor | None]]:
+        """(bias, output scale) of a row: e' = a e + b folds into the constants of the layer that makes the output."""
+        if node.kwargs.get("edge") != "last":
+            return lambda row, bias: (bias, None)
+
+        def corrected(row: Row, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+            a, b = row.output_scale, row.output_shift
+            if a is None or b is None:
+                return bias, None
+            return (b if bias is None else a * bias + b), a
+
+        return corrected
+
+    def int_gemm(self, node: Node) -> Instruction:
+        kernel, out, read = self.kernels["int_gemm"], self.slots[node.name], self.slots[node.args[0].name]
+        column = self.columns[self.quantizers[node.args[0].name].kwargs["site"]]
+        (quantized,) = self.weights[node.kwargs["layer"]]
+        weight = ops.pack_gemm(quantized.values, quantized.scale)
+        constant_bias, residual = self.value(node.kwargs["bias"])([]), self.value(node.kwargs["residual"])
+        corrected = self._corrected(node)
+
+        def run(values: Values, row: Row) -> None:
+            scale, zero_point, bits = row.sites[column]
+            bias, output_scale = corrected(row, constant_bias)
+            affine = (None, None) if bits == 16 else (scale, zero_point)
+            values[out] = kernel(
+                values[read], weight, *affine, bias, residual=residual(values), output_scale=output_scale
+            )
+
+        return run
+
+    def int_conv2d(self, index: int, node: Node) -> Instruction:
+        kernel, out, k = self.kernels["int_conv2d"], self.slots[node.name], node.kwargs
+        geometry = {name: k[name] for name in ("stride", "padding", "dilation", "groups")}
+        weights = [ops.pack_conv2d(w.values, w.scale, **geometry) for w in self.weights[k["layer"]]]
+        columns = [self.columns[self.quantizers[ref.name].kwargs["site"]] for ref in node.args]
+        parts = list(zip((self.slots[ref.name] for ref in node.args), weights, columns, strict=True))
+        constant_bias, upsample, corrected = self.value(k["bias"])([]), k["upsample"], self._corrected(node)
+        temb, residual = self.value(k["temb"]), self.value(k["residual"])
+        reuse = self._residual_dies(index, k["residual"])
+
+        def run(values: Values, row: Row) -> None:
+            segments = []
+            for slot, weight, column in parts:
+                scale, zero_point, bits = row.sites[column]
+                q = values[slot] if upsample == 1 else _upsampled(values[slot], upsample)
+                affine = (None, None) if bits == 16 else (scale, zero_point)
+                segments.append(ops.Segment(q, weight, *affine))
+            bias, output_scale = corrected(row, constant_bias)
+            values[out] = kernel(
+                segments,
+                bias,
+                temb=temb(values),
+                residual=residual(values),
+                reuse_residual=reuse,
+                output_scale=output_scale,
+            )
+
+        return run
+
+    def _residual_dies(self, index: int, residual: Any) -> bool:
+        """Whether the residual's memory may be overwritten: a layer's own result that nothing reads any more."""
+        if not isinstance(residual, Ref) or residual.name in self.graph.inputs:
+            return False
+        producer = self.graph.node(residual.name)
+        fresh = producer.op in ("int_conv2d", "int_gemm") and producer.section == "main"
+        return fresh and self.alias_use[residual.name] == index and residual.name != self.graph.output
+
+
+def _emptying(slots: list[int]) -> Instruction:
+    def run(values: Values, row: Row) -> None:
+        for slot in slots:
+            values[slot] = None
+
+    return run
+
+
+def _upsampled(x: Tensor, factor: int) -> Tensor:
+    """Nearest upsampling of an image tensor of any dtype, channels last."""
+    x = x.permute(0, 2, 3, 1).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    return x.permute(0, 3, 1, 2)
+
+
+def _placed(x: Tensor, upsample: int, padding: tuple[int, int, int, int]) -> Tensor:
+    """Upsampled and zero-padded floating activations, as the quantiser would have written their integers."""
+    if upsample > 1:
+        x = _upsampled(x, upsample)
+    top, bottom, left, right = padding
+    return F.pad(x, (left, right, top, bottom)) if any(padding) else x

@@ -1,0 +1,217 @@
+"""IntegerUNet: the quantised network as a drop-in module, and `load`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..graph.interpret import flatten_conditioning
+from ..graph.ir import Graph, sizes
+from ..recipe import Recipe
+from ..tables import Table
+from ..weights import QuantizedWeight
+from .artifact import Artifact, load_artifact, save_artifact
+from .executor import Program
+
+
+class UNetOutput(NamedTuple):
+    """What a UNet returns: ``output.sample`` or ``output[0]``."""
+
+    sample: Tensor  # [B, C, H, W]
+
+
+class Config(dict):
+    """The original network's configuration, read as keys or as attributes, as diffusers pipelines do."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the unet's configuration has no {name!r}") from None
+
+
+class IntegerUNet(nn.Module):
+    """A UNet on real integers, called like the one it came from.
+
+    ``model(sample, timestep, return_dict=False, **conditioning)[0]`` or ``model(sample, timestep).sample``; the row
+    of the nearest calibrated timestep supplies scales, zero points and corrections. ``pipe.unet = model`` works.
+
+    Args:
+        graph, weights, constants, table: what is executed; see `Artifact`.
+        recipe, key, model_config: what was asked for, what it belongs to, the original configuration.
+        device: "cpu".
+        backend: a backend's name to insist on; the fastest available one by default.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        weights: dict[str, tuple[QuantizedWeight, ...]],
+        constants: dict[str, Tensor],
+        table: Table,
+        recipe: Recipe,
+        key: dict[str, Any],
+        model_config: dict[str, Any],
+        device: str | torch.device = "cpu",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.graph, self.weights, self.constants, self.table = graph, weights, constants, table
+        self.recipe, self.key, self.model_config = recipe, key, model_config
+        self.config = Config(model_config)
+        self._device = torch.device(device)
+        self.program = Program(graph, weights, constants, table, self._device, backend)
+        self._last_timestep = _schedule_end(key)
+        self.training = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype of inputs and outputs."""
+        return torch.float32
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: int | float | Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+        **conditioning: Any,
+    ) -> UNetOutput | tuple[Tensor]:
+        """The model's prediction for ``sample`` [B, C, H, W] at one ``timestep``.
+
+        Args:
+            sample: floating, on this model's device; the result has its dtype.
+            timestep: an int, a float, or a tensor that holds one value (0-d, or 1-d with equal entries).
+            encoder_hidden_states, class_labels, conditioning: the captured network's keyword arguments.
+            return_dict: False for a plain tuple.
+
+        Raises:
+            TypeError: a missing or unknown keyword argument, a tensor of the wrong kind.
+            ValueError: a wrong shape, NaN, or a timestep outside the schedule.
+        """
+        given = {"encoder_hidden_states": encoder_hidden_states, "class_labels": class_labels, **conditioning}
+        sample = self._checked_sample(sample)
+        value = self._checked_timestep(timestep)
+        inputs = {"sample": sample.float().contiguous(memory_format=torch.channels_last)}
+        inputs["timestep"] = _timestep_tensor(value, len(sample))
+        inputs.update(self._checked_conditioning(given, len(sample)))
+        output = self.program.run(inputs, value, self.table.row(value)).to(sample.dtype)
+        return UNetOutput(output) if return_dict else (output,)
+
+    def _checked_sample(self, sample: Any) -> Tensor:
+        if not isinstance(sample, Tensor) or not sample.is_floating_point():
+            kind = sample.dtype if isinstance(sample, Tensor) else type(sample).__name__
+            raise TypeError(f"sample must be a floating-point tensor, got {kind}")
+        expected = self.graph.inputs["sample"]
+        if sample.dim() != len(expected) or tuple(sample.shape[1:]) != tuple(expected[1:]) or len(sample) < 1:
+            raise ValueError(f"sample must be [B, {', '.join(map(str, expected[1:]))}], got {list(sample.shape)}")
+        if sample.device.type != self._device.type:
+            raise ValueError(f"sample is on {sample.device}, the model on {self._device}")
+        if not bool(torch.isfinite(sample).all()):
+            raise ValueError("sample holds NaN or infinity")
+        return sample
+
+    def _checked_timestep(self, timestep: Any) -> float:
+        if isinstance(timestep, Tensor):
+            if timestep.numel() < 1 or timestep.dim() > 1:
+                raise ValueError(f"timestep must be a scalar or 1-d tensor, got shape {list(timestep.shape)}")
+            first = timestep.reshape(-1)[0]
+            if not bool((timestep == first).all()):
+                raise ValueError("timestep must hold one value: all samples of a call are at the same step")
+            value = float(first)
+        elif isinstance(timestep, int | float) and not isinstance(timestep, bool):
+            value = float(timestep)
+        else:
+            raise TypeError(f"timestep must be a number or a tensor, got {type(timestep).__name__}")
+        if not 0 <= value <= self._last_timestep:
+            raise ValueError(f"timestep must lie in the schedule, 0 to {self._last_timestep:g}, got {value:g}")
+        return value
+
+    def _checked_conditioning(self, given: Mapping[str, Any], batch: int) -> dict[str, Tensor]:
+        flat = {name: value for name, value in flatten_conditioning(given).items() if value is not None}
+        wanted = {n: s for n, s in self.graph.inputs.items() if n not in ("sample", "timestep")}
+        unknown, missing = sorted(set(flat) - set(wanted)), sorted(set(wanted) - set(flat))
+        if unknown or missing:
+            raise TypeError(
+                f"this model takes the conditioning {sorted(wanted) or 'none'}: "
+                + "; ".join([f"unknown {u!r}" for u in unknown] + [f"missing {m!r}" for m in missing])
+            )
+        for name, shape in wanted.items():
+            value = flat[name]
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            if tuple(value.shape) != sizes(shape, batch):
+                raise ValueError(f"{name} must be {list(sizes(shape, batch))} for this batch, got {list(value.shape)}")
+            flat[name] = value.float() if value.is_floating_point() else value
+        return flat
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the artifact: config.json, graph.json, model.safetensors; whole or not at all.
+
+        Raises:
+            OSError, ValueError: the folder holds something else, or cannot be written.
+        """
+        save_artifact(
+            Artifact(
+                graph=self.graph,
+                weights=self.weights,
+                constants=self.constants,
+                table=self.table,
+                recipe=self.recipe,
+                key=self.key,
+                model_config=self.model_config,
+            ),
+            folder,
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> IntegerUNet:
+        """Stay where the model is; moving an artifact means loading it there."""
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is not None and device.type != self._device.type:
+            raise ValueError(f"this model runs on {self._device}; load the artifact with device={str(device)!r}")
+        return self
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        recipe = self.recipe
+        return f"weight_bits={recipe.weight_bits}, rows={len(self.table.timesteps)}, layers={len(self.weights)}"
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu", backend: str | None = None) -> IntegerUNet:
+    """The model saved in ``folder``; needs neither diffusers nor the class of the original network.
+
+    Args:
+        folder: an artifact folder, possibly from a stranger: it is checked, and holds no code.
+        device: "cpu".
+        backend: a backend's name to insist on.
+
+    Raises:
+        ValueError, OSError: the artifact is missing, damaged or of another version; the device is not supported.
+    """
+    artifact = load_artifact(folder)
+    return IntegerUNet(**{name: getattr(artifact, name) for name in _FIELDS}, device=device, backend=backend)
+
+
+_FIELDS = ("graph", "weights", "constants", "table", "recipe", "key", "model_config")
+
+
+def _schedule_end(key: Mapping[str, Any]) -> float:
+    """Largest timestep of the training schedule."""
+    scheduler = key.get("scheduler") if isinstance(key, Mapping) else None
+    count = scheduler.get("num_train_timesteps") if isinstance(scheduler, Mapping) else None
+    return float(count - 1) if isinstance(count, int) and count > 0 else float("inf")
+
+
+def _timestep_tensor(value: float, batch: int) -> Tensor:
+    whole = value.is_integer()
+    return torch.full((batch,), int(value) if whole else value, dtype=torch.int64 if whole else torch.float32)

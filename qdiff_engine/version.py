@@ -1,0 +1,3 @@
+"""The engine's version, written into artifacts and reports."""
+
+__version__ = "0.1.0"
