@@ -1,0 +1,251 @@
+"""unet + scheduler -> Calibration: statistics of every quantiser's input in every row of the deployment sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..graph.capture import Capture, capture
+from ..graph.fuse import fuse
+from ..graph.interpret import flatten_conditioning, run_float
+from ..recipe import Recipe
+from ..sampling import (
+    Conditioning,
+    Guidance,
+    Step,
+    check_count,
+    check_shape,
+    conditioning_for,
+    denoise,
+    initial_noise,
+    predict,
+    prepared,
+)
+from .checkpoint import Checkpoint, fingerprint
+from .observers import BINS, Histogram, merged
+
+_CAPTURE_TOLERANCE = 1e-3  # relative L2 between the module and its captured graph
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What quantisation needs to know of a model: its graph, and histograms per row and site.
+
+    Args:
+        capture: the fused graph with its float parameters.
+        timesteps: distinct timesteps of the rows, noisiest first.
+        sites: quantiser names, the second axis of the statistics.
+        counts: float64 [R, S, BINS]; ranges: float64 [R, S, 2], the span of each histogram.
+        key: what the statistics belong to: checkpoint hash, sampler, step count, eta, guidance, prediction type.
+        shape: (C, H, W) of one sample.
+    """
+
+    capture: Capture
+    timesteps: tuple[float, ...]
+    sites: tuple[str, ...]
+    counts: Tensor
+    ranges: Tensor
+    key: dict[str, Any]
+    shape: tuple[int, ...]
+
+
+def sample_shape(unet: nn.Module, shape: Any) -> tuple[int, ...]:
+    """(C, H, W): ``shape`` where it is given, else from the module's diffusers configuration."""
+    if shape is not None:
+        return check_shape(shape, 3)
+    config = getattr(unet, "config", None)
+    channels, size = (getattr(config, name, None) for name in ("in_channels", "sample_size"))
+    if channels is None or size is None:
+        raise ValueError("shape must be given as (C, H, W): the unet has no config.in_channels and config.sample_size")
+    height, width = (size, size) if isinstance(size, int) else size
+    return (int(channels), int(height), int(width))
+
+
+def calibration_key(
+    model_hash: str, scheduler: Any, steps: int, samples: int, seed: int, eta: float, guidance: Guidance
+) -> dict[str, Any]:
+    """The JSON key that statistics and corrections carry."""
+    config = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_") or k == "_class_name"}
+    first = conditioning_for(guidance.conditioning, range(samples))
+    without = conditioning_for(guidance.unconditional, range(1)) if guidance.scale is not None else {}
+    return {
+        "model_hash": model_hash,
+        "scheduler": {"class": type(scheduler).__name__, **{k: _json(v) for k, v in sorted(config.items())}},
+        "prediction_type": str(config.get("prediction_type", "epsilon")),
+        "steps": steps,
+        "eta": float(eta),
+        "guidance_scale": None if guidance.scale is None else float(guidance.scale),
+        "samples": samples,
+        "seed": seed,
+        "conditioning": fingerprint([first, without]) if first else None,
+    }
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_json(v) for v in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def captured(unet: nn.Module, shape: tuple[int, ...], guidance: Guidance) -> Capture:
+    """The fused integer graph of ``unet``, with float parameters."""
+    result = capture(unet, shape, conditioning_for(guidance.conditioning, range(2)))
+    fuse(result.graph, result.constants)
+    return result
+
+
+@torch.no_grad()
+def calibrate(
+    unet: nn.Module,
+    scheduler: Any,
+    recipe: Recipe | None = None,
+    shape: tuple[int, int, int] | None = None,
+    steps: int = 50,
+    samples: int = 64,
+    seed: int = 0,
+    conditioning: Conditioning = None,
+    cache_dir: str | Path | None = None,
+    *,
+    eta: float = 0.0,
+    guidance_scale: float | None = None,
+    unconditional: Conditioning = None,
+    batch: int = 16,
+    on_step: Callable[[Step], None] | None = None,
+) -> Calibration:
+    """Sample float trajectories with the deployment sampler and record every quantiser's input, row by row.
+
+    Args:
+        unet: the float UNet, ``forward(sample, timestep, **conditioning)``.
+        scheduler: the deployment sampler (a diffusers scheduler).
+        recipe: checked early; the statistics serve every recipe.
+        shape: (C, H, W); taken from ``unet.config`` when it is there.
+        steps, eta, guidance_scale: of the deployment sampler. ``samples`` trajectories are drawn from ``seed``.
+        conditioning, unconditional: keyword arguments of the UNet, cycled over the samples.
+        cache_dir: folder for work in progress; an interrupted run with the same arguments resumes there.
+        batch: samples per UNet call.
+        on_step: called after every step, for progress.
+
+    Returns:
+        A `Calibration`; the same arguments give the same one bit for bit, resumed or not.
+
+    Raises:
+        ValueError: an argument out of range, a module that cannot be captured, NaN in the data.
+    """
+    if not isinstance(unet, nn.Module):
+        raise TypeError(f"unet must be a torch module, got {type(unet).__name__}")
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}; Recipe.named('w8a8') makes one")
+    check_count("steps", steps), check_count("samples", samples), check_count("seed", seed, least=0)
+    shape_ = sample_shape(unet, shape)
+    guidance = Guidance(guidance_scale, unconditional, conditioning)
+    ready = prepared(scheduler, steps)
+    model = captured(unet, shape_, guidance)
+    key = calibration_key(model.model_hash, scheduler, steps, samples, seed, eta, guidance)
+    checkpoint = Checkpoint.open(cache_dir, {**key, "shape": list(shape_)}) if cache_dir is not None else None
+    recorder = _Recorder(model, checkpoint, on_step)
+    noise = initial_noise((samples, *shape_), seed)
+    _check_capture(unet, model, noise[:2] * getattr(ready, "init_noise_sigma", 1.0), ready, guidance)
+    denoise(
+        recorder.predict,
+        scheduler,
+        noise,
+        steps=steps,
+        seed=seed,
+        eta=eta,
+        guidance=guidance,
+        batch=batch,
+        recorded=recorder.resume(len(ready.timesteps)),
+        on_step=recorder.finish_step,
+    )
+    return recorder.result(key, shape_)
+
+
+def _check_capture(unet: nn.Module, model: Capture, noise: Tensor, scheduler: Any, guidance: Guidance) -> None:
+    """The captured graph must reproduce the module; a capture that does not would calibrate something else."""
+    received = scheduler.scale_model_input(noise, scheduler.timesteps[0])
+    timestep = torch.full((len(noise),), int(scheduler.timesteps[0]))
+    extra = conditioning_for(guidance.conditioning, range(len(noise)))
+    parameter = next(unet.parameters(), noise)
+    was_training = unet.training
+    unet.eval()
+    moved = {k: _moved(v, parameter) for k, v in extra.items()}
+    expected = predict(unet, received.to(parameter), timestep.to(parameter.device), moved).float().cpu()
+    unet.train(was_training)
+    inputs = {"sample": received, "timestep": timestep, **flatten_conditioning(extra)}
+    actual = run_float(model.graph, model.constants, inputs)
+    tolerance = _CAPTURE_TOLERANCE if parameter.dtype == torch.float32 else 0.05
+    error = float((actual - expected).norm() / expected.norm().clamp(min=1e-12))
+    if not error < tolerance:
+        raise ValueError(f"the captured graph differs from the unet by {error:.2g} (relative L2); it cannot be used")
+
+
+def _moved(value: Any, like: Tensor) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _moved(v, like) for k, v in value.items()}
+    return value.to(like.device, like.dtype) if value.is_floating_point() else value.to(like.device)
+
+
+class _Recorder:
+    """Runs the captured graph in place of the module, and keeps each step's histograms."""
+
+    def __init__(self, model: Capture, checkpoint: Checkpoint | None, on_step: Callable[[Step], None] | None) -> None:
+        self.model, self.checkpoint, self.on_step = model, checkpoint, on_step
+        self.sites = tuple(node.kwargs["site"] for node in model.graph.nodes if "site" in node.kwargs)
+        self.current = {site: Histogram() for site in self.sites}
+        self.rows: dict[float, list[tuple[Tensor, Tensor]]] = {}
+        self.done: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def predict(self, sample: Tensor, timestep: Tensor, **conditioning: Any) -> tuple[Tensor]:
+        def observe(site: str, x: Tensor) -> Tensor:
+            self.current[site].update(x)
+            return x
+
+        inputs = {"sample": sample, "timestep": timestep, **flatten_conditioning(conditioning)}
+        return (run_float(self.model.graph, self.model.constants, inputs, activation=observe),)
+
+    def resume(self, count: int) -> dict[int, Tensor]:
+        """Predictions of the steps that an earlier run finished, from the first on without a gap."""
+        recorded: dict[int, Tensor] = {}
+        for step in range(count if self.checkpoint else 0):
+            assert self.checkpoint is not None
+            tensors = self.checkpoint.load(step)
+            if tensors is None:
+                break
+            recorded[step] = tensors["prediction"]
+            self.done[step] = (tensors["counts"], tensors["ranges"])
+        return recorded
+
+    def finish_step(self, step: Step) -> None:
+        if step.index in self.done:
+            counts, ranges = self.done[step.index]
+        else:
+            histograms = [self.current[site] for site in self.sites]
+            counts = torch.stack([h.counts if h.counts is not None else torch.zeros(BINS) for h in histograms])
+            ranges = torch.tensor([[h.low, h.high] for h in histograms], dtype=torch.float64)
+            self.current = {site: Histogram() for site in self.sites}
+            if self.checkpoint is not None:
+                tensors = {"sample": step.sample, "prediction": step.prediction, "counts": counts, "ranges": ranges}
+                self.checkpoint.save(step.index, tensors)
+        self.rows.setdefault(step.timestep, []).append((counts.double(), ranges))
+        if self.on_step is not None:
+            self.on_step(step)
+
+    def result(self, key: dict[str, Any], shape: tuple[int, ...]) -> Calibration:
+        timesteps = tuple(sorted(self.rows, reverse=True))
+        merged = [_merge_visits(self.rows[t]) for t in timesteps]
+        counts = torch.stack([counts for counts, _ in merged])
+        ranges = torch.stack([ranges for _, ranges in merged])
+        return Calibration(self.model, timesteps, self.sites, counts, ranges, key, shape)
+
+
+def _merge_visits(visits: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Statistics of a timestep that the sampler visits more than once."""
+    if len(visits) == 1:
+        return visits[0]
+    counts, ranges = merged(torch.stack([c for c, _ in visits]), torch.stack([r for _, r in visits]), 0)
+    return counts[0], ranges[0]

@@ -1,0 +1,80 @@
+"""Calibration's work in progress on disk: one file a step, each written whole, so that a killed run resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..runtime.files import write_file
+
+
+def fingerprint(value: Any) -> str:
+    """Hash of nested mappings of tensors and JSON values, for keys that must name their conditioning."""
+    digest = hashlib.sha256()
+
+    def add(item: Any) -> None:
+        if isinstance(item, Mapping):
+            for name in sorted(item):
+                digest.update(f"{name}:".encode())
+                add(item[name])
+        elif isinstance(item, Tensor):
+            digest.update(f"{item.dtype}{list(item.shape)}".encode())
+            digest.update(item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(json.dumps(item, sort_keys=True, default=str).encode())
+
+    add(value)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of finished steps that belongs to one key; another key's folder is emptied first."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: str | Path, key: Mapping[str, Any]) -> Checkpoint:
+        """The checkpoint in ``folder``, with whatever steps an earlier run of the same ``key`` finished."""
+        folder = Path(folder)
+        text = json.dumps(key, sort_keys=True, indent=1)
+        key_file = folder / "key.json"
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"cache_dir {str(folder)!r} is a file; name a folder")
+        if folder.is_dir() and any(folder.iterdir()):
+            if not key_file.is_file():
+                raise FileExistsError(f"cache_dir {str(folder)!r} holds other files; name an empty folder")
+            if key_file.read_text() != text:
+                shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(key_file, text.encode())
+        return cls(folder)
+
+    def save(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Write one step's tensors, whole or not at all."""
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_file(self.folder / f"step-{step:05d}.safetensors", safetensors.torch.save(contiguous))
+
+    def load(self, step: int) -> dict[str, Tensor] | None:
+        """One step's tensors; None where it is not there or cannot be read, so that it is computed again."""
+        path = self.folder / f"step-{step:05d}.safetensors"
+        try:
+            return safetensors.torch.load(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (safetensors.SafetensorError, ValueError):
+            path.unlink()
+            return None
+
+    def remove(self) -> None:
+        """Delete the folder: the work is done and lives elsewhere."""
+        shutil.rmtree(self.folder)

@@ -1,0 +1,161 @@
+"""Calibration + Recipe -> IntegerUNet: weights become integers, statistics become the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from . import numerics
+from .calibration.calibration import Calibration
+from .calibration.observers import affine, merged
+from .graph.capture import hash_parameters
+from .graph.ir import Graph, Node
+from .recipe import Recipe
+from .runtime.model import IntegerUNet
+from .tables import MODE_BITS, Table
+from .weights import QuantizedWeight
+
+_SEARCH_CHUNK = 512  # histograms searched at a time, to bound memory
+_SHRINK = {8: torch.linspace(0.80, 1.0, 21), 4: torch.linspace(0.40, 1.0, 61)}
+
+
+def quantize(unet: nn.Module, calibration: Calibration, recipe: Recipe) -> IntegerUNet:
+    """The integer model of ``unet``: real int4/int8 weights and a scale and zero point per quantiser and row.
+
+    Args:
+        unet: the module that ``calibration`` was made with; checked by the hash of its parameters.
+        calibration: statistics of every quantiser's input; they serve any recipe.
+        recipe: precisions, observer, row grouping, plan.
+
+    Raises:
+        ValueError: the unet is not the calibrated one, or the plan does not fit the rows.
+    """
+    if not isinstance(calibration, Calibration):
+        raise TypeError(f"calibration must come from qdiff_engine.calibrate, got {type(calibration).__name__}")
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}; Recipe.named('w8a8') makes one")
+    if hash_parameters(unet) != calibration.key["model_hash"]:
+        raise ValueError("unet is not the one that was calibrated: its parameters have another hash")
+    graph, parameters = calibration.capture.graph, calibration.capture.constants
+    weights = {node.kwargs["layer"]: quantize_layer(node, parameters, recipe) for node in layers(graph)}
+    used = {key for node in graph.nodes for key in node.consts()}
+    used -= {node.kwargs["weight"].key for node in layers(graph)}
+    constants = {key: parameters[key] for key in sorted(used)}
+    return IntegerUNet(
+        graph=graph,
+        weights=weights,
+        constants=constants,
+        table=make_table(calibration, recipe),
+        recipe=recipe,
+        key=calibration.key,
+        model_config=calibration.capture.config,
+    )
+
+
+def layers(graph: Graph) -> Iterator[Node]:
+    """The nodes that multiply with quantised weights."""
+    return (node for node in graph.nodes if node.op in ("int_conv2d", "int_gemm"))
+
+
+def quantize_layer(node: Node, parameters: dict[str, Tensor], recipe: Recipe) -> tuple[QuantizedWeight, ...]:
+    """The integer weights of one layer, one entry per K segment; the first and last layers have 8 bits."""
+    bits = 8 if node.kwargs.get("edge") else recipe.weight_bits
+    weight = parameters[node.kwargs["weight"].key]
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"weight of layer {node.kwargs['layer']!r} holds NaN or infinity")
+    parts = weight.split(list(node.kwargs["segments"]), 1) if len(node.args) > 1 else (weight,)
+    return tuple(nearest(part, bits) for part in parts)
+
+
+def nearest(weight: Tensor, bits: int) -> QuantizedWeight:
+    """Nearest rounding with, per output channel, the scale of least squared error among shrunk ranges.
+
+    ``weight`` float [Cout, ...]; the full range max|w| / q_max is among the candidates. A channel of zeros gets
+    scale 1.
+    """
+    flat = weight.float().flatten(1)
+    full = flat.abs().amax(1) / numerics.weight_range(bits)[1]
+    full = torch.where(full > torch.finfo(torch.float32).tiny, full, torch.ones_like(full))
+    best_scale, best_error = full, torch.full_like(full, torch.inf)
+    for shrink in _SHRINK[bits].tolist():
+        scale = full * shrink
+        error = (numerics.quantize_weight(flat, scale, bits).float() * scale[:, None] - flat).square().sum(1)
+        better = error < best_error
+        best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
+    return QuantizedWeight(numerics.quantize_weight(weight.float(), best_scale, bits), best_scale, bits)
+
+
+def plan_of(recipe: Recipe, rows: int) -> tuple[str, ...]:
+    """The mode of every row."""
+    if recipe.plan == "uniform":
+        return (f"A{recipe.activation_bits}",) * rows
+    if len(recipe.plan) != rows:
+        raise ValueError(f"plan names {len(recipe.plan)} rows, the calibration has {rows}")
+    return tuple(recipe.plan)
+
+
+def site_bits(graph: Graph, sites: tuple[str, ...], modes: tuple[str, ...], edges: str) -> Tensor:
+    """uint8 [R, S]: activation bits of every site in every row.
+
+    A row's mode decides, except at the first layer (floating, or 8 bits with ``edges`` = "a8"), at the last (at
+    least 8 bits) and at layers fed by the prompt alone (8 bits in every row, so that they run once per prompt).
+    """
+    plan = torch.tensor([MODE_BITS[mode] for mode in modes], dtype=torch.uint8)
+    bits = plan[:, None].repeat(1, len(sites))
+    floating = bool((plan == 16).all())
+    column = {site: i for i, site in enumerate(sites)}
+    for site, edge, section in _site_roles(graph):
+        if edge == "first":
+            bits[:, column[site]] = 16 if edges == "a16" or floating else 8
+        elif edge == "last":
+            bits[:, column[site]] = plan.clamp(min=8)
+        elif section == "prompt":
+            bits[:, column[site]] = 16 if floating else 8
+    return bits
+
+
+def _site_roles(graph: Graph) -> Iterator[tuple[str, str | None, str]]:
+    """(site, edge of a layer it feeds, section) of every quantiser."""
+    sources = graph.quantizer_of()
+    edges: dict[str, str | None] = {}
+    for node in layers(graph):
+        for ref in node.args:
+            site = sources[ref.name].kwargs["site"]
+            edges[site] = edges.get(site) or node.kwargs.get("edge")
+    for node in graph.nodes:
+        if "site" in node.kwargs:
+            yield node.kwargs["site"], edges.get(node.kwargs["site"]), node.section
+
+
+def make_table(calibration: Calibration, recipe: Recipe) -> Table:
+    """Scales and zero points of every site in every row, from the recipe's observer and row grouping."""
+    graph, sites, rows = calibration.capture.graph, calibration.sites, len(calibration.timesteps)
+    modes = plan_of(recipe, rows)
+    bits = site_bits(graph, sites, modes, recipe.edges)
+    counts, ranges = merged(calibration.counts, calibration.ranges, recipe.row_group())
+    scale, zero_point = torch.ones(rows, len(sites)), torch.zeros(rows, len(sites), dtype=torch.int32)
+    for width in (4, 8):
+        at = (bits == width).nonzero()
+        for chunk in at.split(_SEARCH_CHUNK):
+            r, s = chunk.unbind(1)
+            if len(chunk):
+                scale[r, s], zero_point[r, s] = affine(recipe.observer, counts[r, s], ranges[r, s], width)
+    _share_prompt_rows(graph, sites, scale, zero_point)
+    channels = _output_channels(graph)
+    identity = torch.ones(rows, channels), torch.zeros(rows, channels)
+    return Table(calibration.timesteps, modes, sites, scale, zero_point, bits, *identity)
+
+
+def _share_prompt_rows(graph: Graph, sites: tuple[str, ...], scale: Tensor, zero_point: Tensor) -> None:
+    """A prompt's layers see the same values at every step: one affine, so that their results can be kept."""
+    for node in graph.nodes:
+        if "site" in node.kwargs and node.section == "prompt":
+            column = sites.index(node.kwargs["site"])
+            scale[:, column], zero_point[:, column] = scale[0, column], zero_point[0, column]
+
+
+def _output_channels(graph: Graph) -> int:
+    shape = graph.node(graph.output).shape
+    return int(shape[1]) if len(shape) > 1 else 1
