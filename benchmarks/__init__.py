@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks.unet``, ``python -m benchmarks.kernels``, ``python -m benchmarks.quality``."""

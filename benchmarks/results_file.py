@@ -1,0 +1,154 @@
+"""Result files: one JSON schema for all benchmarks, written whole, and printed as a table.
+
+A file is ``{"machine": {...}, "rows": [...]}``; a row has the keys of its kind in `KEYS`, and may have more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+MACHINE_KEYS = ("torch", "triton", "date", "commit")  # and "cpu" or "gpu"
+KEYS = {
+    "kernels": (
+        "name", "shape", "precision", "median_ms", "p05_ms", "p95_ms", "tops", "gbps", "baseline", "baseline_ms",
+        "speedup",
+    ),
+    "unet": (
+        "model", "batch", "precision", "backend", "median_ms", "p05_ms", "p95_ms", "peak_memory_bytes", "weight_bytes",
+        "gbops", "speedup",
+    ),
+    "quality": (
+        "model", "weights", "activations", "plan", "eta", "correction", "alignment", "seed", "psnr_db", "ssim",
+        "latent_error", "frechet_to_float", "gbops", "calibration_seconds",
+    ),
+}  # fmt: skip
+_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "i8mm")
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """The machine and software that a run's figures belong to."""
+    where: dict[str, Any] = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {"cpu": _processor()}
+    return {
+        **where,
+        "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "openvino": _version("openvino"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    """Model name, number of cores and the instruction sets that matter here."""
+    fields: dict[str, str] = {}
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    found = set((fields.get("flags") or fields.get("Features") or "").split())
+    model = fields.get("model name") or platform.processor() or platform.machine()
+    if fields.get("cpu family"):  # virtual machines often hide the name, not the numbers
+        model += f" (family {fields['cpu family']}, model {fields.get('model')})"
+    return f"{model}, {os.cpu_count()} cores, {' '.join(f for f in _FEATURES if f in found) or 'no features listed'}"
+
+
+def _version(package: str) -> str | None:
+    return metadata.version(package) if importlib.util.find_spec(package) is not None else None
+
+
+def _commit() -> str | None:
+    """Hash of HEAD, marked where the tree differs from it; None outside a repository."""
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--verify", "HEAD")
+    changed = git("status", "--porcelain", "--", "qdiff_engine", "csrc", "kernels")
+    return f"{head}+changes" if head and changed else head
+
+
+def write(path: Path, kind: str, machine_: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Check the document and put it in place as a whole."""
+    document = {"machine": dict(machine_), "rows": [dict(row) for row in rows]}
+    check(document, kind)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    print(f"wrote {path}")
+
+
+def kind_of_file(path: Path) -> str:
+    """Which schema a result file has, from its name: cpu-unet.json, cpu-kernels.json, quality-mnist32.json."""
+    kinds = [kind for kind in KEYS if kind in path.stem]
+    if len(kinds) != 1:
+        raise ValueError(f"{path.name}: its name must contain one of {', '.join(KEYS)}")
+    return kinds[0]
+
+
+def check(document: Any, kind: str) -> None:
+    """Raise ValueError where ``document`` is not a result file of ``kind``."""
+    if not isinstance(document, Mapping) or set(document) != {"machine", "rows"}:
+        raise ValueError("a result file must be an object with the keys machine and rows")
+    missing = [key for key in MACHINE_KEYS if key not in document["machine"]]
+    if missing or not {"cpu", "gpu"} & set(document["machine"]):
+        raise ValueError(f"machine lacks {', '.join(missing) or 'cpu or gpu'}")
+    if not document["rows"]:
+        raise ValueError("rows must not be empty")
+    for i, row in enumerate(document["rows"]):
+        missing = [key for key in KEYS[kind] if key not in row]
+        if missing:
+            raise ValueError(f"rows[{i}] lacks {', '.join(missing)}")
+
+
+def show(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Print ``rows`` as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    Console(width=160).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_cell(item)}" for name, item in value.items())
+    return "-" if value is None else str(value)
+
+
+def arguments(description: str | None, results: str) -> argparse.ArgumentParser:
+    """The options every benchmark has."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a smoke run: few repetitions, few rows, nothing written")
+    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: as torch chooses)")
+    parser.add_argument("--out", type=Path, default=None, help=f"result file (default: benchmarks/results/{results})")
+    return parser
+
+
+def finish(options: argparse.Namespace, results: str, kind: str, machine_: Mapping[str, Any], rows: list) -> None:
+    """Write the rows, except those of a smoke run without --out."""
+    if options.out is not None or not options.quick:
+        write(options.out or RESULTS / results, kind, machine_, rows)

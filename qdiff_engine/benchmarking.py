@@ -1,0 +1,312 @@
+"""How fast and how large the integer model is, beside the float one, measured in the same run."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .graph.interpret import flatten_conditioning
+from .graph.ir import Node, sizes
+from .measuring import (
+    Contestant,
+    autocast,
+    channels_last,
+    device_synchronize,
+    interleaved,
+    peak_memory,
+    summary,
+    thread_count,
+)
+from .runtime.model import IntegerUNet
+from .sampling import Conditioning, check_count, conditioning_for, predict
+
+INPUT_SETS = 4
+ENGINE, FLOOR = "engine", "integer floor"
+_SANE_DISTANCE = 1.0  # relative L2 to the float output; unrelated outputs of equal size differ by 1.4
+
+
+class Inputs(NamedTuple):
+    """The arguments of one forward pass."""
+
+    sample: Tensor  # [B, C, H, W]
+    timestep: Tensor  # [B], one value
+    conditioning: dict[str, Any]
+
+
+@torch.inference_mode()
+def bench(
+    model: IntegerUNet,
+    unet: nn.Module | None = None,
+    *,
+    batch: int = 8,
+    repetitions: int = 20,
+    threads: int | None = None,
+    conditioning: Conditioning = None,
+    timestep: float | None = None,
+    memory: bool = True,
+    on_round: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Time one forward pass of ``model``, of its integer calls alone, and of float baselines, round by round.
+
+    Args:
+        model: the integer model.
+        unet: its float original; without it no baseline runs.
+        batch: samples per forward pass. ``repetitions``: timed rounds; in each, every contestant runs once.
+        threads: torch's threads while measuring; None leaves them as they are.
+        conditioning: the UNet's keyword arguments, cycled over the batch; needed where the model takes any.
+        timestep: measured timestep; by default several rows from the noisiest to the last take turns.
+        memory: measure peak memory too, in one fresh process per model.
+        on_round: called with (rounds done, rounds in all).
+
+    Returns:
+        device, threads, batch, repetitions; ``engine_ms`` and ``baselines``: {median, p05, p95} in milliseconds;
+        ``baselines_absent``: {name: reason}; ``speedup``: median baseline / median engine; ``integer_floor_ms``, the
+        integer convolutions and linears alone, and ``floor_share`` of the engine's time (None where no layer is
+        integer); ``relative_error`` to float at the first input set; ``weight_bytes`` as stored; ``peak_memory_bytes``
+        and ``baseline_peak_memory_bytes`` (None where unknown).
+
+    Raises:
+        ValueError: an argument out of range, missing conditioning, or an output that is not finite or far from float.
+    """
+    check_count("batch", batch), check_count("repetitions", repetitions)
+    if threads is not None:
+        check_count("threads", threads)
+    with thread_count(threads) as used:
+        inputs = input_sets(model, batch, timestep, conditioning)
+        floats, absent = float_contestants(unet, inputs, model.device, used)
+        contestants: dict[str, Contestant] = {ENGINE: lambda i: predict(model, *inputs[i])}
+        error = check_outputs(contestants[ENGINE], floats.get("torch-fp32"), len(inputs))
+        calls = integer_calls(model, inputs[0])
+        if calls:
+            contestants[FLOOR] = _in_sequence(calls)
+        times = interleaved(
+            {**contestants, **floats},
+            repetitions,
+            sets=len(inputs),
+            synchronize=device_synchronize(model.device),
+            on_round=on_round,
+        )
+        del contestants, floats, calls  # the children below need the memory
+        peaks = peak_memories(model, unet, inputs, used) if memory else {}
+    medians = {name: summary(values) for name, values in times.items()}
+    engine, floor = medians.pop(ENGINE), medians.pop(FLOOR, None)
+    return {
+        "device": str(model.device),
+        "threads": used,
+        "batch": batch,
+        "repetitions": repetitions,
+        "engine_ms": engine,
+        "integer_floor_ms": floor["median"] if floor else None,
+        "floor_share": round(floor["median"] / engine["median"], 4) if floor else None,
+        "baselines": medians,
+        "baselines_absent": absent,
+        "speedup": {name: round(times_["median"] / engine["median"], 3) for name, times_ in medians.items()},
+        "relative_error": error,
+        "weight_bytes": weight_bytes(model),
+        "peak_memory_bytes": peaks.pop(ENGINE, None),
+        "baseline_peak_memory_bytes": peaks,
+    }
+
+
+def input_sets(model: IntegerUNet, batch: int, timestep: float | None, conditioning: Conditioning) -> list[Inputs]:
+    """`INPUT_SETS` draws of latents, with timesteps spread over the calibrated rows; one conditioning for all."""
+    given = conditioning_for(conditioning, range(batch))
+    missing = sorted(set(model.graph.inputs) - {"sample", "timestep"} - set(flatten_conditioning(given)))
+    if missing:
+        raise ValueError(f"conditioning must give {', '.join(missing)}: the model takes it")
+    given = {name: _moved(value, model.device) for name, value in given.items()}
+    rows, generator = model.table.timesteps, torch.Generator().manual_seed(0)
+    result = []
+    for i in range(INPUT_SETS):
+        value = timestep if timestep is not None else rows[round(i * (len(rows) - 1) / (INPUT_SETS - 1))]
+        dtype = torch.int64 if float(value).is_integer() else torch.float32
+        sample = torch.randn(sizes(model.graph.inputs["sample"], batch), generator=generator).to(model.device)
+        result.append(Inputs(sample, torch.full((batch,), value, dtype=dtype, device=model.device), given))
+    return result
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _moved(item, device) for name, item in value.items()}
+    return value.to(device)
+
+
+def float_contestants(
+    unet: nn.Module | None, inputs: list[Inputs], device: torch.device, threads: int
+) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """The float baselines by name, and why others are absent."""
+    if unet is None:
+        return {}, {}
+    module = channels_last(copy.deepcopy(unet).float().eval().to(device))
+
+    def under(dtype: torch.dtype | None) -> Contestant:
+        def run(i: int) -> Tensor:
+            with autocast(device, dtype):
+                return predict(module, *inputs[i])
+
+        return run
+
+    contestants = {"torch-fp32": under(None), "torch-bf16": under(torch.bfloat16)}
+    absent: dict[str, str] = {}
+    for name, make in (("openvino-bf16", openvino_contestant), ("openvino-int8", openvino_int8_contestant)):
+        try:
+            contestants[name] = make(module, inputs, device, threads)
+        except (ImportError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            absent[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return contestants, absent
+
+
+class _Positional(nn.Module):
+    """A UNet without conditioning as (sample, timestep) -> tensor, the form converters trace."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return predict(self.unet, sample, timestep, {})
+
+
+def _openvino_model(module: nn.Module, inputs: list[Inputs], device: torch.device) -> tuple[Any, Any]:
+    """(the openvino package, the converted network)."""
+    openvino = importlib.import_module("openvino")
+    if device.type != "cpu":
+        raise ValueError(f"compared on the CPU only, not on {device.type}")
+    if inputs[0].conditioning:
+        raise ValueError("compared only for networks without conditioning")
+    # converters trace under no_grad, which inference tensors do not allow
+    with torch.inference_mode(False), torch.no_grad():
+        example = (inputs[0].sample.clone(), inputs[0].timestep.clone())
+        return openvino, openvino.convert_model(_Positional(module), example_input=example)
+
+
+def _openvino_run(openvino: Any, network: Any, inputs: list[Inputs], precision: str, threads: int) -> Contestant:
+    shapes = (inputs[0].sample.shape, inputs[0].timestep.shape)
+    network.reshape({i: openvino.PartialShape(list(shape)) for i, shape in enumerate(shapes)})
+    options = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+    }
+    compiled = openvino.compile_model(network, "CPU", options)
+    arrays = [(item.sample.numpy(), item.timestep.numpy()) for item in inputs]
+    return lambda i: torch.from_numpy(compiled(list(arrays[i]))[0])
+
+
+def openvino_contestant(module: nn.Module, inputs: list[Inputs], device: torch.device, threads: int) -> Contestant:
+    """OpenVINO with its bfloat16 hint."""
+    openvino, network = _openvino_model(module, inputs, device)
+    return _openvino_run(openvino, network, inputs, "bf16", threads)
+
+
+def openvino_int8_contestant(module: nn.Module, inputs: list[Inputs], device: torch.device, threads: int) -> Contestant:
+    """OpenVINO on the network that NNCF quantised to int8 with its defaults."""
+    nncf = importlib.import_module("nncf")
+    openvino, network = _openvino_model(module, inputs, device)
+    samples = [(item.sample.numpy(), item.timestep.numpy()) for item in inputs]
+    quantized = nncf.quantize(network, nncf.Dataset(samples, list), subset_size=len(samples))
+    return _openvino_run(openvino, quantized, inputs, "bf16", threads)
+
+
+def check_outputs(engine: Contestant, reference: Contestant | None, sets: int) -> float | None:
+    """Relative L2 distance of the engine to float on input set 0; nothing is timed before the outputs are sane."""
+    outputs = [engine(i).float() for i in range(sets)]
+    for i, output in enumerate(outputs):
+        if not bool(torch.isfinite(output).all()):
+            raise ValueError(f"the engine's output on input set {i} is not finite; nothing was timed")
+    if reference is None:
+        return None
+    expected = reference(0).float()
+    if outputs[0].shape != expected.shape:
+        raise ValueError(f"the engine's output is {list(outputs[0].shape)}, the float one {list(expected.shape)}")
+    error = float((outputs[0] - expected).norm() / expected.norm().clamp(min=1e-12))
+    if not error < _SANE_DISTANCE:
+        raise ValueError(f"the engine's output is {error:.2g} (relative L2) from float; nothing was timed")
+    return round(error, 6)
+
+
+def integer_calls(model: IntegerUNet, inputs: Inputs) -> list[Callable[[], Tensor]]:
+    """Every integer convolution and linear that a step runs, on random integers of its shape and with nothing fused.
+
+    A convolution gets its image padded and upsampled already, as the kernel before it can write it.
+    """
+    row = model.table.row(float(inputs.timestep[0]))
+    return [call for node in model.graph.nodes for call in _integer_call(model, node, row, len(inputs.sample))]
+
+
+def _integer_call(model: IntegerUNet, node: Node, row: int, batch: int) -> Iterator[Callable[[], Tensor]]:
+    if node.op not in ("int_conv2d", "int_gemm") or node.section != "main":
+        return
+    run = ops.resolve(node.op, model.device)
+    sources = model.graph.quantizer_of()
+    for ref, weight in zip(node.args, model.weights[node.kwargs["layer"]], strict=True):
+        column = model.table.sites.index(sources[ref.name].kwargs["site"])
+        if int(model.table.bits[row, column]) == 16:
+            continue
+        scale, zero_point = float(model.table.scale[row, column]), int(model.table.zero_point[row, column])
+        shape = _operand_shape(node, weight.values, sizes(model.graph.node(ref.name).shape, batch))
+        q = torch.randint(0, 16, shape, dtype=torch.uint8).to(ops.storage(model.device))
+        q, values, scales = (t.to(model.device) for t in (q, weight.values, weight.scale))
+        if node.op == "int_gemm":
+            yield _bound(run, q, ops.pack_gemm(values, scales), scale, zero_point)
+        else:
+            geometry = {name: node.kwargs[name] for name in ("stride", "dilation", "groups")}
+            q = q.contiguous(memory_format=torch.channels_last)
+            yield _bound(run, [ops.Segment(q, ops.pack_conv2d(values, scales, **geometry), scale, zero_point)])
+
+
+def _in_sequence(calls: list[Callable[[], Tensor]]) -> Contestant:
+    def run(i: int) -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+def _bound(run: Callable[..., Tensor], *arguments: Any) -> Callable[[], Tensor]:
+    return lambda: run(*arguments)
+
+
+def _operand_shape(node: Node, weight: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the integers that a layer multiplies, its image padded and upsampled."""
+    if node.op == "int_gemm":
+        return (*shape[:-1], weight.shape[1])
+    top, bottom, left, right = node.kwargs["padding"]
+    height, width = (size * node.kwargs["upsample"] for size in shape[2:])
+    return (shape[0], weight.shape[1] * node.kwargs["groups"], height + top + bottom, width + left + right)
+
+
+def weight_bytes(model: IntegerUNet) -> int:
+    """Bytes of the model's parameters as the artifact stores them: packed integers, scales, float constants."""
+    total = sum(value.numel() * value.element_size() for value in model.constants.values())
+    for weight in (part for parts in model.weights.values() for part in parts):
+        columns = math.prod(weight.values.shape[1:])
+        total += len(weight.values) * ((columns + 1) // 2 if weight.bits == 4 else columns)
+        total += weight.scale.numel() * weight.scale.element_size()
+    return total
+
+
+def peak_memories(
+    model: IntegerUNet, unet: nn.Module | None, inputs: list[Inputs], threads: int
+) -> dict[str, int | None]:
+    """Peak memory of the engine and of the torch baselines, each in a process that loads nothing else."""
+    if model.device.type != "cpu":
+        return {}
+    with tempfile.TemporaryDirectory(prefix="qdiff-bench-") as folder:
+        artifact = Path(folder) / "artifact"
+        model.save_pretrained(artifact)
+        peaks = {ENGINE: peak_memory(artifact, None, inputs, threads)}
+    if unet is not None:
+        module = copy.deepcopy(unet).float().eval()
+        peaks["torch-fp32"] = peak_memory(None, module, inputs, threads)
+        peaks["torch-bf16"] = peak_memory(None, module, inputs, threads, torch.bfloat16)
+    return peaks

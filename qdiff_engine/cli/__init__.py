@@ -1,0 +1,3 @@
+"""The command ``qdiff``."""
+
+from .main import main as main

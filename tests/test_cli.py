@@ -1,0 +1,362 @@
+"""The command line: keys of --json, one-line errors, exit statuses, resuming; on tiny settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from qdiff_engine.cli import main
+from qdiff_engine.cli.demo import Settings, is_finished
+from qdiff_engine.cli.options import read_conditioning, read_plan, scheduler_of
+
+TINY = ["--steps", "2", "--samples", "1", "--observer", "minmax"]
+DEMO = ["demo", "--steps", "3", "--samples", "1", "--n", "2"]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """(exit status, standard output, standard error) of one command, run in this process."""
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main([str(a) for a in arguments])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """(folder, JSON object) of a demo on tiny settings, run from another folder than the source tree."""
+    folder = tmp_path_factory.mktemp("cli")
+    process = start(*DEMO, "--out", "shown", "--json", folder=folder)
+    out, error = process.communicate(timeout=300)
+    return folder / "shown", loaded((process.returncode, out, error))
+
+
+@pytest.fixture(scope="session")
+def artifact(demo: tuple[Path, dict[str, Any]]) -> Path:
+    """A W4A8 artifact of the bundled model, calibrated for three steps."""
+    return demo[0] / "artifact-w4a8"
+
+
+def loaded(result: tuple[int, str, str]) -> dict[str, Any]:
+    """The JSON object on standard output, which holds one line and nothing else."""
+    status, out, error = result
+    assert status == 0, error
+    assert out.endswith("\n") and out.count("\n") == 1
+    return json.loads(out)
+
+
+def refused(result: tuple[int, str, str], *parts: str) -> str:
+    """The single line on standard error of a command that failed, checked to hold ``parts``."""
+    status, out, error = result
+    lines = error.strip().splitlines()
+    assert status not in (0, 130) and out == "" and len(lines) == 1, error
+    assert lines[0].startswith("qdiff: ") and "Traceback" not in error
+    assert all(part in lines[0] for part in parts), lines[0]
+    return lines[0]
+
+
+def start(*arguments: Any, folder: Path) -> subprocess.Popen[str]:
+    """A command in a process of its own, outside the source tree."""
+    package = Path(sys.modules["qdiff_engine"].__file__ or "").parent.parent
+    paths = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
+    code = "import sys; from qdiff_engine.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": paths}, **pipes)
+
+
+def test_calibrate_then_inspect(run: Run, tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "art"
+    data = loaded(run("calibrate", "demo", *TINY, "--out", target, "--json"))
+    assert set(data) == {"artifact", "seconds", "layers_quantized", "layers_float"}
+    assert data["artifact"] == str(target) and [p.name for p in target.parent.iterdir()] == ["art"]
+    shown = loaded(run("inspect", target, "--json"))
+    assert set(shown) == {"schema_version", "recipe", "size_bytes", "float_size_bytes", "rows", "plan", "layers"}
+    assert shown["size_bytes"] == sum(p.stat().st_size for p in target.iterdir())
+    assert shown["rows"] == 2 and set(shown["plan"][0]) == {"timestep", "mode"}
+    layers = shown["layers"]
+    assert all(set(row) == {"name", "op", "shape", "weight_bits", "quantized", "reason"} for row in layers)
+    assert all((row["reason"] is None) == row["quantized"] for row in layers)
+    assert sum(row["quantized"] for row in layers) == data["layers_quantized"]
+    assert sum(not row["quantized"] for row in layers) == data["layers_float"] > 0
+    shapes = {row["name"]: row["shape"] for row in layers}
+    assert shapes["conv_in"] == [32, 1, 3, 3] and shapes["up_blocks.2.resnets.0.conv_shortcut"][1] == 96
+
+
+def test_sample_writes_the_same_grid_for_any_batch(run: Run, artifact: Path, tmp_path: Path) -> None:
+    for batch in (2, 4):
+        data = loaded(run("sample", artifact, "--n", 4, "--out", tmp_path / f"{batch}.png", "--batch", batch, "--json"))
+        assert {key: data[key] for key in ("images", "finite")} == {"images": 4, "finite": True}
+        assert data["seconds"] > 0
+    assert (tmp_path / "2.png").read_bytes() == (tmp_path / "4.png").read_bytes()
+    assert (tmp_path / "2.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sample_writes_tensors(run: Run, artifact: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.safetensors"
+    loaded(run("sample", artifact, "--n", 2, "--steps", 2, "--sampler", "ddpm", "--out", out, "--json"))
+    assert safetensors.torch.load_file(out)["samples"].shape == (2, 1, 32, 32)
+
+
+def test_compare(run: Run, artifact: Path) -> None:
+    data = loaded(run("compare", artifact, "--reference", "demo", "--n", 2, "--json"))
+    assert set(data) == {"psnr_db", "psnr_db_min", "step_sqnr_db", "latent_error", "finite", "samples"}
+    assert len(data["step_sqnr_db"]) == len(data["latent_error"]) == 3 and data["samples"] == 2
+    assert data["psnr_db"] >= data["psnr_db_min"] > 10 and data["finite"]
+
+
+def test_bops_of_a_model_and_of_an_artifact(run: Run, artifact: Path) -> None:
+    data = loaded(run("bops", artifact, "--json"))
+    assert set(data) == {"total_gbops", "float_gbops", "ratio", "layers"}
+    assert set(data["layers"][0]) == {"name", "macs", "weight_bits", "activation_bits", "gbops"}
+    assert loaded(run("bops", "demo", "--recipe", "w4a8", "--json")) == data
+
+
+def test_bench(run: Run, artifact: Path) -> None:
+    data = loaded(run("bench", artifact, "--reference", "demo", "--batch", 2, "--repetitions", 2, "--json"))
+    assert set(data["engine_ms"]) == {"median", "p05", "p95"} and data["batch"] == 2
+    assert set(data["speedup"]) == set(data["baselines"]) and "torch-fp32" in data["baselines"]
+    assert {"device", "weight_bytes", "peak_memory_bytes"} <= set(data)
+
+
+def test_doctor(run: Run) -> None:
+    data = loaded(run("doctor", "--json"))
+    assert {"torch", "triton", "cuda", "gpus", "backends"} <= set(data)
+    assert all(set(status) == {"available", "reason"} for status in data["backends"].values())
+    assert data["verdict"].endswith(".")
+
+
+@pytest.mark.parametrize("command", ["demo", "calibrate", "inspect", "sample", "compare", "bops", "bench", "doctor"])
+def test_help(command: str, run: Run) -> None:
+    status, out, error = run(command, "--help")
+    assert status == 0 and error == "" and "--json" in out and "--debug" in out
+
+
+def test_text_output_is_on_standard_output(run: Run, artifact: Path) -> None:
+    for arguments in (["inspect", artifact], ["bops", artifact], ["doctor"]):
+        status, out, _ = run(*arguments)
+        assert status == 0 and len(out.splitlines()) > 3
+    status, out, _ = run()
+    assert status == 0 and "calibrate" in out
+
+
+def test_demo_reports_what_it_made(demo: tuple[Path, dict[str, Any]]) -> None:
+    folder, data = demo
+    names = {"artifact-w8a8", "artifact-w4a8", "report.json", "samples.png", "ranges.png"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert json.loads((folder / "report.json").read_text()) == data
+    assert [row["precision"] for row in data["rows"]] == ["float32", "w8a8", "w4a8"]
+    sizes, ratios = ([row[key] for row in data["rows"]] for key in ("weight_bytes", "bops_ratio"))
+    assert sizes == sorted(sizes, reverse=True) and ratios == sorted(ratios)
+
+
+def test_demo_again_takes_the_finished_artifacts(run: Run, demo: tuple[Path, dict[str, Any]]) -> None:
+    folder, data = demo
+    model = folder / "artifact-w4a8" / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    status, out, error = run(*DEMO, "--out", folder)
+    assert status == 0 and "finished" in error and "PSNR" in out
+    assert model.stat().st_mtime_ns == before
+    assert json.loads((folder / "report.json").read_text())["comparisons"] == data["comparisons"]
+
+
+def test_demo_makes_other_or_damaged_artifacts_again(
+    artifact: Path, tmp_path: Path, demo_unet: torch.nn.Module, demo_scheduler: Any
+) -> None:
+    settings = Settings(steps=3, samples=1, n=2, seed=0)
+    assert is_finished(artifact, "w4a8", settings, demo_unet, demo_scheduler)
+    assert not is_finished(artifact, "w8a8", settings, demo_unet, demo_scheduler)
+    for change in ({"steps": 4}, {"samples": 2}, {"seed": 1}):
+        other = dataclasses.replace(settings, **change)
+        assert not is_finished(artifact, "w4a8", other, demo_unet, demo_scheduler)
+    copy = shutil.copytree(artifact, tmp_path / "copy")
+    (copy / "graph.json").write_text("{}")
+    assert not is_finished(copy, "w4a8", settings, demo_unet, demo_scheduler)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_interrupted_and_killed_calibration_resumes_to_the_same_bytes(run: Run, tmp_path: Path) -> None:
+    arguments = ["calibrate", "demo", "--steps", "8", "--samples", "2", "--observer", "minmax"]
+    target, partial = tmp_path / "art", tmp_path / "art.partial"
+    for count, sent in ((1, signal.SIGINT), (4, signal.SIGKILL)):
+        process = start(*arguments, "--out", "art", folder=tmp_path)
+        wait_for(partial / f"step-{count:05d}.safetensors", process)
+        process.send_signal(sent)
+        _, error = process.communicate(timeout=60)
+        assert not target.exists()
+        if sent == signal.SIGINT:
+            assert process.returncode == 130 and str(partial) in error.splitlines()[-1]
+            assert "Traceback" not in error
+    assert run(*arguments, "--out", target)[0] == 0
+    assert not partial.exists()
+    assert run(*arguments, "--out", tmp_path / "fresh")[0] == 0
+    for name in ("config.json", "graph.json", "model.safetensors"):
+        assert (target / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["nothing"], ["No such command", "--help"]),
+        (["calibrate", "demo", "--steps", "0", "--out", "x"], ["--steps", "0"]),
+        (["calibrate", "demo", "--samples", "-1", "--out", "x"], ["--samples"]),
+        (["calibrate", "demo", "--steps", "1001", "--out", "x"], ["steps", "1000"]),
+        (["calibrate", "demo", "--recipe", "w3a3", "--out", "x"], ["w3a3", "w4a8"]),
+        (["calibrate", "demo", "--observer", "best", "--out", "x"], ["observer", "mse"]),
+        (["calibrate", "demo", "--rows", "group:0", "--out", "x"], ["rows", "group:K"]),
+        (["calibrate", "demo", "--edges", "a4", "--out", "x"], ["edges", "a16"]),
+        (["calibrate", "demo", "--plan", "none.json", "--out", "x"], ["none.json", "no such file"]),
+        (["calibrate", "demo", "--eta", "2", "--out", "x"], ["--eta"]),
+        (["calibrate", "demo", "--eta", "0.5", "--sampler", "ddpm", "--out", "x"], ["eta", "DDPM"]),
+        (["calibrate", "demo", "--guidance", "3", "--out", "x"], ["--guidance", "unconditional"]),
+        (["calibrate", "demo", "--conditioning", "c.safetensors", "--out", "x"], ["c.safetensors", "no such file"]),
+        (["calibrate", "demo", "--device", "tpu", "--out", "x"], ["tpu", "cpu"]),
+        (["calibrate", "no-folder", "--out", "x"], ["no-folder", "no such folder"]),
+        (["calibrate", "demo"], ["--out"]),
+        (["calibrate", "demo", "--out", "/"], ["--out"]),
+        (["calibrate", "demo", "--out", "/proc/nowhere/art"], ["/proc/nowhere"]),
+        (["calibrate", "demo", "--correct", "ptqd", "--out", "x"], ["--correct"]),
+        (["inspect", "no-folder"], ["no-folder"]),
+        (["sample", "no-folder", "--out", "x.png"], ["no-folder"]),
+        (["sample", "no-folder", "--n", "0", "--out", "x.png"], ["--n"]),
+        (["sample", "no-folder", "--out", "x.gif"], [".png"]),
+        (["bops", "no-folder"], ["no-folder"]),
+        (["bops", "demo", "--recipe", "w9"], ["w9"]),
+        (["demo", "--out", "/proc/nowhere"], ["/proc/nowhere"]),
+    ],
+)
+def test_wrong_requests(
+    arguments: list[str], parts: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(run(*arguments), *parts)
+    refused(run(*arguments, "--json"), *parts)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
+def test_no_gpu(run: Run, artifact: Path) -> None:
+    refused(run("sample", artifact, "--device", "cuda", "--out", "x.png"), "cuda", "0 CUDA GPUs", "--device cpu")
+
+
+def test_out_is_never_somebody_elses(run: Run, artifact: Path, tmp_path: Path) -> None:
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("mine")
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    refused(run("calibrate", "demo", *TINY, "--out", file), "file")
+    refused(run("calibrate", "demo", *TINY, "--out", folder), "mine.txt")
+    refused(run("calibrate", "demo", *TINY, "--out", file / "below"), str(file))
+    refused(run("sample", artifact, "--out", folder / "mine.txt" / "x.png"), "mine.txt")
+    refused(run("demo", "--out", file), "file")
+    assert file.read_text() == (folder / "mine.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_folder_that_is_no_artifact(run: Run, tmp_path: Path) -> None:
+    refused(run("inspect", tmp_path), "missing")
+    for name in ("config.json", "graph.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    refused(run("inspect", tmp_path), "config.json")
+    refused(run("sample", tmp_path, "--out", tmp_path / "x.png"), "config.json")
+
+
+def test_wrong_reference(run: Run, artifact: Path, tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+
+    blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    net = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(32,), layers_per_block=1, **blocks
+    )
+    net.save_pretrained(tmp_path)
+    refused(run("compare", artifact, "--reference", tmp_path, "--n", 1), "not the network", str(tmp_path))
+    refused(run("bench", artifact, "--reference", tmp_path), "not the network")
+    refused(run("compare", artifact, "--reference", artifact, "--n", 1), str(artifact))
+    refused(run("calibrate", tmp_path, "--out", tmp_path / "art"), "no scheduler")
+
+
+def test_debug_shows_the_traceback(run: Run) -> None:
+    status, _, error = run("inspect", "no-folder", "--debug")
+    assert status == 1 and "Traceback" in error and error.splitlines()[-1].startswith("qdiff: ")
+
+
+def test_closed_pipe_is_quiet(artifact: Path, tmp_path: Path) -> None:
+    process = start("inspect", artifact, folder=tmp_path)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 141
+
+
+def test_conditioning_keys_nest_by_dots(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    one = torch.ones(1)
+    safetensors.torch.save_file({"a.b": one, "c": one.clone(), "unconditional.c": one.clone()}, path)
+    conditioning, unconditional = read_conditioning(path)
+    assert conditioning == {"a": {"b": one}, "c": one} and unconditional == {"c": one}
+    safetensors.torch.save_file({"a": one, "a.b": one.clone()}, path)
+    with pytest.raises(ValueError, match="which is a tensor"):
+        read_conditioning(path)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        read_conditioning(path)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ("nonsense", "not JSON"),
+        ('["A8"]', "list of 2 rows, got 1 rows"),
+        ('{"A8": 1}', "got dict"),
+        ('["A8", 8]', "row 1 must name"),
+        ('[{"timestep": 500, "mode": "A8"}, {"timestep": 1, "mode": "A4"}]', "row 1 must hold"),
+    ],
+)
+def test_wrong_plans(plan: str, message: str, tmp_path: Path, demo_scheduler: Any) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(plan)
+    with pytest.raises(ValueError, match=message):
+        read_plan(str(path), demo_scheduler, 2)
+
+
+def test_a_plan_is_what_inspect_prints(tmp_path: Path, demo_scheduler: Any) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text('[{"timestep": 500.0, "mode": "A16"}, {"timestep": 0.0, "mode": "A4"}]')
+    assert read_plan(str(path), demo_scheduler, 2) == ("A16", "A4")
+    path.write_text('["A8", "A4"]')
+    assert read_plan(str(path), demo_scheduler, 2) == ("A8", "A4")
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [{}, {"class": "os.system"}, {"class": "UNet2DModel"}, {"class": "__doc__"}, {"class": ["DDIMScheduler"]}]
+    + [{"class": "DDIMScheduler", "num_train_timesteps": n} for n in (0, 10**12, "x")],
+)
+def test_an_artifacts_scheduler_is_one_of_diffusers(scheduler: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="key.scheduler"):
+        scheduler_of({"scheduler": scheduler})
