@@ -1,6 +1,8 @@
 // The operators, one .cpp file each. Activations are NHWC, floats are float32, pointers may be null where it says so.
 #pragma once
 
+#include <array>
+
 #include "common.h"
 #include "placement.h"
 
@@ -83,5 +85,13 @@ struct CpuFeatures {
     bool avx2, avx512, avx512_vnni, amx_int8, dotprod;
 };
 CpuFeatures cpu_features();
+
+struct AttentionShape {
+    int64_t batch, heads, queries, keys, dim;
+    std::array<int64_t, 3> q_stride, k_stride, v_stride;  // elements per batch entry, head, row; channels are adjacent
+    float log2_scale;                                     // scale times log2(e): the softmax works with powers of two
+};
+// out [batch, queries, heads, dim], contiguous
+void attention(const float* q, const float* k, const float* v, float* out, const AttentionShape& shape);
 
 }  // namespace qdiff

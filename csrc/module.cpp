@@ -82,6 +82,18 @@ void bind_groupnorm(Address x, Address x2, int64_t batch, int64_t height, int64_
     groupnorm_silu_quantize(norm);
 }
 
+using Strides = std::array<int64_t, 3>;
+
+void bind_attention(Address q, Address k, Address v, Address out, int64_t batch, int64_t heads, int64_t queries,
+                    int64_t keys, int64_t dim, const Strides& q_stride, const Strides& k_stride,
+                    const Strides& v_stride, double scale) {
+    require(batch > 0 && heads > 0 && queries > 0 && keys > 0 && dim > 0, "sizes must be positive");
+    const float log2_scale = static_cast<float>(scale * 1.4426950408889634);
+    py::gil_scoped_release release;
+    attention(pointer<const float>(q), pointer<const float>(k), pointer<const float>(v), pointer<float>(out),
+              {batch, heads, queries, keys, dim, q_stride, k_stride, v_stride, log2_scale});
+}
+
 void bind_layernorm(Address x, int64_t rows, int64_t features, Address weight, Address bias, double eps,
                     Address float_out, Address integer_out, double scale, int zero_point, int bits,
                     bool unsigned_storage) {
@@ -190,6 +202,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of qdiff-engine over raw pointers; call them through qdiff_engine.ops.native";
     m.def("quantize", bind_quantize);
     m.def("groupnorm_silu_quantize", bind_groupnorm);
+    m.def("attention", bind_attention);
     m.def("layernorm_quantize", bind_layernorm);
     m.def("add", bind_add);
     m.def("int_gemm", bind_gemm);

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from . import numerics
 from .calibration.calibration import Calibration
 from .calibration.observers import affine, merged
 from .graph.capture import hash_parameters
 from .graph.ir import Graph, Node
 from .recipe import Recipe
+from .rounding import ROUNDERS
 from .runtime.model import IntegerUNet
 from .tables import MODE_BITS, Table
 from .weights import QuantizedWeight
 
 _SEARCH_CHUNK = 512  # histograms searched at a time, to bound memory
-_SHRINK = {8: torch.linspace(0.80, 1.0, 21), 4: torch.linspace(0.40, 1.0, 61)}
 
 
-def quantize(unet: nn.Module, calibration: Calibration, recipe: Recipe) -> IntegerUNet:
+@torch.no_grad()
+def quantize(
+    unet: nn.Module, calibration: Calibration, recipe: Recipe, on_layer: Callable[[str], None] | None = None
+) -> IntegerUNet:
     """The integer model of ``unet``: real int4/int8 weights and a scale and zero point per quantiser and row.
 
     Args:
         unet: the module that ``calibration`` was made with; checked by the hash of its parameters.
         calibration: statistics of every quantiser's input; they serve any recipe.
         recipe: precisions, observer, row grouping, plan.
+        on_layer: called with each layer's name once its weights are integers, for progress.
 
     Raises:
         ValueError: the unet is not the calibrated one, or the plan does not fit the rows.
@@ -38,11 +42,14 @@ def quantize(unet: nn.Module, calibration: Calibration, recipe: Recipe) -> Integ
         raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}; Recipe.named('w8a8') makes one")
     if hash_parameters(unet) != calibration.key["model_hash"]:
         raise ValueError("unet is not the one that was calibrated: its parameters have another hash")
-    graph, parameters = calibration.capture.graph, calibration.capture.constants
-    weights = {node.kwargs["layer"]: quantize_layer(node, parameters, recipe) for node in layers(graph)}
-    used = {key for node in graph.nodes for key in node.consts()}
-    used -= {node.kwargs["weight"].key for node in layers(graph)}
-    constants = {key: parameters[key] for key in sorted(used)}
+    captured, parameters = calibration.capture.graph, calibration.capture.constants
+    weights = {}
+    for node in layers(captured):
+        weights[node.kwargs["layer"]] = quantize_layer(node, parameters, calibration.inputs, recipe)
+        if on_layer is not None:
+            on_layer(node.kwargs["layer"])
+    graph = without_weights(captured)
+    constants = {key: parameters[key] for key in sorted({key for node in graph.nodes for key in node.consts()})}
     return IntegerUNet(
         graph=graph,
         weights=weights,
@@ -59,32 +66,29 @@ def layers(graph: Graph) -> Iterator[Node]:
     return (node for node in graph.nodes if node.op in ("int_conv2d", "int_gemm"))
 
 
-def quantize_layer(node: Node, parameters: dict[str, Tensor], recipe: Recipe) -> tuple[QuantizedWeight, ...]:
+def quantize_layer(
+    node: Node, parameters: dict[str, Tensor], inputs: dict[str, Tensor], recipe: Recipe
+) -> tuple[QuantizedWeight, ...]:
     """The integer weights of one layer, one entry per K segment; the first and last layers have 8 bits."""
     bits = 8 if node.kwargs.get("edge") else recipe.weight_bits
-    weight = parameters[node.kwargs["weight"].key]
+    layer, weight = node.kwargs["layer"], parameters[node.kwargs["weight"].key]
     if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"weight of layer {node.kwargs['layer']!r} holds NaN or infinity")
+        raise ValueError(f"weight of layer {layer!r} holds NaN or infinity")
     parts = weight.split(list(node.kwargs["segments"]), 1) if len(node.args) > 1 else (weight,)
-    return tuple(nearest(part, bits) for part in parts)
+    quantised = []
+    for i, part in enumerate(parts):
+        samples = inputs.get(f"{layer}:{i}")
+        quantised.append(ROUNDERS[recipe.weights](part, bits, None if samples is None else samples.float()))
+    return tuple(quantised)
 
 
-def nearest(weight: Tensor, bits: int) -> QuantizedWeight:
-    """Nearest rounding with, per output channel, the scale of least squared error among shrunk ranges.
-
-    ``weight`` float [Cout, ...]; the full range max|w| / q_max is among the candidates. A channel of zeros gets
-    scale 1.
-    """
-    flat = weight.float().flatten(1)
-    full = flat.abs().amax(1) / numerics.weight_range(bits)[1]
-    full = torch.where(full > torch.finfo(torch.float32).tiny, full, torch.ones_like(full))
-    best_scale, best_error = full, torch.full_like(full, torch.inf)
-    for shrink in _SHRINK[bits].tolist():
-        scale = full * shrink
-        error = (numerics.quantize_weight(flat, scale, bits).float() * scale[:, None] - flat).square().sum(1)
-        better = error < best_error
-        best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
-    return QuantizedWeight(numerics.quantize_weight(weight.float(), best_scale, bits), best_scale, bits)
+def without_weights(graph: Graph) -> Graph:
+    """A copy whose layers no longer name their float weights: the integers have taken their place."""
+    nodes = [copy.copy(node) for node in graph.nodes]
+    for node in nodes:
+        if node.op in ("int_conv2d", "int_gemm"):
+            node.kwargs = {**node.kwargs, "weight": None}
+    return Graph(graph.inputs, nodes, graph.output)
 
 
 def plan_of(recipe: Recipe, rows: int) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "weight_bits": (4, 8),
     "activation_bits": (4, 8, 16),
     "observer": ("minmax", "percentile", "mse"),
-    "weights": ("nearest",),
+    "weights": ("nearest", "gptq"),
     "edges": ("a16", "a8"),
 }
 
@@ -24,7 +24,8 @@ class Recipe:
         weight_bits: 4 or 8. The first and the last layer always have 8-bit weights.
         activation_bits: 4, 8 or 16; 16 keeps activations floating (integer weights).
         plan: "uniform", or the mode ("A4", "A8", "A16") of every calibrated row, noisiest step first.
-        weights: how weights are rounded: "nearest" (with the scale of least squared error per channel).
+        weights: how weights are rounded: "nearest" (with the scale of least output error per channel) or "gptq"
+            (each rounding error made good by the weights still to come).
         observer: how a range is read off the statistics: "minmax", "percentile" or "mse".
         rows: which rows share a range: "step" (none), "group:K" (K neighbours) or "static" (all).
         edges: "a16" keeps the first layer's activations floating, "a8" quantises them to 8 bits.
@@ -92,8 +93,8 @@ class Recipe:
 
 NAMED: dict[str, dict[str, Any]] = {
     "w8a8": {"weight_bits": 8, "activation_bits": 8},
-    "w4a8": {"weight_bits": 4, "activation_bits": 8},
-    "w4a4": {"weight_bits": 4, "activation_bits": 4},
+    "w4a8": {"weight_bits": 4, "activation_bits": 8, "weights": "gptq"},
+    "w4a4": {"weight_bits": 4, "activation_bits": 4, "weights": "gptq"},
     "w8a16": {"weight_bits": 8, "activation_bits": 16},
-    "w4a16": {"weight_bits": 4, "activation_bits": 16},
+    "w4a16": {"weight_bits": 4, "activation_bits": 16, "weights": "gptq"},
 }

@@ -44,7 +44,7 @@ def check_shape(shape: Any, rank: int, name: str = "shape") -> tuple[int, ...]:
     expected = "(n, C, H, W)" if rank == 4 else "(C, H, W)"
     if not isinstance(shape, tuple | list | torch.Size) or len(shape) != rank:
         raise ValueError(f"{name} must be {expected}, got {shape!r}")
-    return tuple(check_count(f"{name}[{i}]", int(size) if isinstance(size, int) else size) for i, size in enumerate(shape))
+    return tuple(check_count(f"{name}[{i}]", size) for i, size in enumerate(shape))
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def prepared(scheduler: Any, steps: int) -> Any:
     if steps > limit:
         raise ValueError(f"steps must be at most the scheduler's {limit} training timesteps, got {steps}")
     if mine.config.get("thresholding", False):
-        raise ValueError("scheduler uses dynamic thresholding, which the engine does not support; set thresholding=False")
+        raise ValueError("scheduler uses dynamic thresholding, which the engine does not run; set thresholding=False")
     mine.set_timesteps(steps)
     return mine
 
@@ -168,7 +168,7 @@ def _step_arguments(scheduler: Any, eta: float, seed: int, n: int) -> dict[str, 
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
     if eta > 0 and "eta" not in parameters:
-        raise ValueError(f"eta = {eta} needs a scheduler whose step takes it (DDIM); {type(scheduler).__name__} does not")
+        raise ValueError(f"eta = {eta} needs a scheduler whose step takes it, as DDIM; got {type(scheduler).__name__}")
     arguments: dict[str, Any] = {"eta": eta} if "eta" in parameters else {}
     if "generator" in parameters:  # one per sample: a batch size never changes an image
         arguments["generator"] = [torch.Generator().manual_seed((seed * 1_000_003 + j + 1) % 2**63) for j in range(n)]

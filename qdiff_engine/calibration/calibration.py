@@ -27,6 +27,7 @@ from ..sampling import (
     prepared,
 )
 from .checkpoint import Checkpoint, fingerprint
+from .inputs import InputSampler
 from .observers import BINS, Histogram, merged
 
 _CAPTURE_TOLERANCE = 1e-3  # relative L2 between the module and its captured graph
@@ -41,6 +42,7 @@ class Calibration:
         timesteps: distinct timesteps of the rows, noisiest first.
         sites: quantiser names, the second axis of the statistics.
         counts: float64 [R, S, BINS]; ranges: float64 [R, S, 2], the span of each histogram.
+        inputs: {"layer:segment": bfloat16 [P, K]}, samples of what each layer multiplies, over all rows.
         key: what the statistics belong to: checkpoint hash, sampler, step count, eta, guidance, prediction type.
         shape: (C, H, W) of one sample.
     """
@@ -50,6 +52,7 @@ class Calibration:
     sites: tuple[str, ...]
     counts: Tensor
     ranges: Tensor
+    inputs: dict[str, Tensor]
     key: dict[str, Any]
     shape: tuple[int, ...]
 
@@ -147,7 +150,8 @@ def calibrate(
     model = captured(unet, shape_, guidance)
     key = calibration_key(model.model_hash, scheduler, steps, samples, seed, eta, guidance)
     checkpoint = Checkpoint.open(cache_dir, {**key, "shape": list(shape_)}) if cache_dir is not None else None
-    recorder = _Recorder(model, checkpoint, on_step)
+    sampler = InputSampler(model.graph, model.constants, len(ready.timesteps), seed)
+    recorder = _Recorder(model, sampler, checkpoint, on_step)
     noise = initial_noise((samples, *shape_), seed)
     _check_capture(unet, model, noise[:2] * getattr(ready, "init_noise_sigma", 1.0), ready, guidance)
     denoise(
@@ -191,56 +195,78 @@ def _moved(value: Any, like: Tensor) -> Any:
 
 
 class _Recorder:
-    """Runs the captured graph in place of the module, and keeps each step's histograms."""
+    """Runs the captured graph in place of the module, and keeps each step's histograms and layer inputs."""
 
-    def __init__(self, model: Capture, checkpoint: Checkpoint | None, on_step: Callable[[Step], None] | None) -> None:
-        self.model, self.checkpoint, self.on_step = model, checkpoint, on_step
+    def __init__(
+        self,
+        model: Capture,
+        sampler: InputSampler,
+        checkpoint: Checkpoint | None,
+        on_step: Callable[[Step], None] | None,
+    ) -> None:
+        self.model, self.sampler, self.checkpoint, self.on_step = model, sampler, checkpoint, on_step
         self.sites = tuple(node.kwargs["site"] for node in model.graph.nodes if "site" in node.kwargs)
-        self.current = {site: Histogram() for site in self.sites}
         self.rows: dict[float, list[tuple[Tensor, Tensor]]] = {}
-        self.done: dict[int, tuple[Tensor, Tensor]] = {}
+        self.inputs: dict[str, list[Tensor]] = {}
+        self.done: dict[int, dict[str, Tensor]] = {}
+        self._start(0)
+
+    def _start(self, step: int) -> None:
+        self.histograms = {site: Histogram() for site in self.sites}
+        self.sampler.start(step)
 
     def predict(self, sample: Tensor, timestep: Tensor, **conditioning: Any) -> tuple[Tensor]:
+        """The float prediction, its activations observed on the way."""
+
         def observe(site: str, x: Tensor) -> Tensor:
-            self.current[site].update(x)
+            self.histograms[site].update(x)
             return x
 
         inputs = {"sample": sample, "timestep": timestep, **flatten_conditioning(conditioning)}
-        return (run_float(self.model.graph, self.model.constants, inputs, activation=observe),)
+        graph, constants = self.model.graph, self.model.constants
+        return (run_float(graph, constants, inputs, activation=observe, layer_input=self.sampler),)
 
     def resume(self, count: int) -> dict[int, Tensor]:
         """Predictions of the steps that an earlier run finished, from the first on without a gap."""
-        recorded: dict[int, Tensor] = {}
         for step in range(count if self.checkpoint else 0):
             assert self.checkpoint is not None
             tensors = self.checkpoint.load(step)
             if tensors is None:
                 break
-            recorded[step] = tensors["prediction"]
-            self.done[step] = (tensors["counts"], tensors["ranges"])
-        return recorded
+            self.done[step] = tensors
+        self._start(len(self.done))
+        return {step: tensors["prediction"] for step, tensors in self.done.items()}
 
     def finish_step(self, step: Step) -> None:
-        if step.index in self.done:
-            counts, ranges = self.done[step.index]
-        else:
-            histograms = [self.current[site] for site in self.sites]
-            counts = torch.stack([h.counts if h.counts is not None else torch.zeros(BINS) for h in histograms])
-            ranges = torch.tensor([[h.low, h.high] for h in histograms], dtype=torch.float64)
-            self.current = {site: Histogram() for site in self.sites}
+        """File a step's statistics under its timestep, on disk first."""
+        tensors = self.done.pop(step.index, None)
+        if tensors is None:
+            tensors = {"sample": step.sample, "prediction": step.prediction, **self._statistics()}
             if self.checkpoint is not None:
-                tensors = {"sample": step.sample, "prediction": step.prediction, "counts": counts, "ranges": ranges}
                 self.checkpoint.save(step.index, tensors)
-        self.rows.setdefault(step.timestep, []).append((counts.double(), ranges))
+            self._start(step.index + 1)
+        self.rows.setdefault(step.timestep, []).append((tensors["counts"].double(), tensors["ranges"]))
+        for name, value in tensors.items():
+            if name.startswith("input."):
+                self.inputs.setdefault(name.removeprefix("input."), []).append(value)
         if self.on_step is not None:
             self.on_step(step)
 
+    def _statistics(self) -> dict[str, Tensor]:
+        histograms = list(self.histograms.values())
+        counts = torch.stack([torch.zeros(BINS) if h.counts is None else h.counts for h in histograms])
+        ranges = torch.tensor([[h.low, h.high] for h in histograms], dtype=torch.float64)
+        inputs = {f"input.{name}": value for name, value in self.sampler.taken.items()}
+        return {"counts": counts, "ranges": ranges, **inputs}
+
     def result(self, key: dict[str, Any], shape: tuple[int, ...]) -> Calibration:
+        """Everything recorded, rows noisiest first."""
         timesteps = tuple(sorted(self.rows, reverse=True))
-        merged = [_merge_visits(self.rows[t]) for t in timesteps]
-        counts = torch.stack([counts for counts, _ in merged])
-        ranges = torch.stack([ranges for _, ranges in merged])
-        return Calibration(self.model, timesteps, self.sites, counts, ranges, key, shape)
+        merged_rows = [_merge_visits(self.rows[t]) for t in timesteps]
+        counts = torch.stack([counts for counts, _ in merged_rows])
+        ranges = torch.stack([ranges for _, ranges in merged_rows])
+        inputs = {name: torch.cat(parts) for name, parts in self.inputs.items()}
+        return Calibration(self.model, timesteps, self.sites, counts, ranges, inputs, key, shape)
 
 
 def _merge_visits(visits: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

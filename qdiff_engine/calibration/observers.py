@@ -11,7 +11,7 @@ from .. import numerics
 from ..ops import statistics
 
 BINS = 1024
-_SEARCH_BINS = 512
+_SEARCH_BINS = BINS  # a lone outlier leaves few bins for the rest
 _TAIL = 1e-4  # share of values that the percentile observer leaves outside, at each end
 
 

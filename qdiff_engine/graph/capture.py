@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .ir import Const, Dim, Graph, Node, Ref
-from .operators import FLOAT_OPS, IDENTITY_OPS
+from .operators import ALIASES, FLOAT_OPS, IDENTITY_OPS
 from .sections import mark_sections
 
 _BATCH = 2  # traced with two samples: export specialises sizes 0 and 1
@@ -175,7 +175,7 @@ def _convert(program: torch.export.ExportedProgram) -> tuple[Graph, dict[str, Te
 
 
 def _input_name(name: str) -> str:
-    """"conditioning_added_cond_kwargs_text_embeds" -> "added_cond_kwargs_text_embeds"."""
+    """ "conditioning_added_cond_kwargs_text_embeds" -> "added_cond_kwargs_text_embeds"."""
     return name.removeprefix("conditioning_")
 
 
@@ -211,7 +211,8 @@ def _operator_name(node: torch.fx.Node) -> str:
         return _SYMBOLIC[target]
     packet = getattr(target, "_overloadpacket", None) or getattr(target, "overloadpacket", None)
     if packet is not None:
-        return packet.__name__.rsplit(".", 1)[-1]
+        name = packet.__name__.rsplit(".", 1)[-1]
+        return ALIASES.get(name, name)
     return getattr(target, "__name__", str(target))
 
 
@@ -222,8 +223,8 @@ def _is_identity(name: str, node: torch.fx.Node, arguments: list[Any], keywords:
     if name in ("add", "sub") and len(arguments) == 2 and not keywords:
         return isinstance(arguments[1], int | float) and arguments[1] == 0
     if name in ("to", "_to_copy", "type_as"):
-        source, result = node.args[0].meta["val"], node.meta["val"]
-        return source.dtype == result.dtype
+        source: Any = node.args[0]
+        return source.meta["val"].dtype == node.meta["val"].dtype
     return False
 
 
@@ -254,6 +255,8 @@ def _dim(size: Any) -> Dim:
     expression = size.node.expr
     at_two, at_three = (int(expression.subs(dict.fromkeys(expression.free_symbols, b))) for b in (2, 3))
     factor = at_three - at_two
+    if factor == 0:
+        return at_two
     if at_two != 2 * factor:
         raise ValueError(f"size {size} is not a multiple of the batch size")
     return f"{factor}B" if factor != 1 else "B"

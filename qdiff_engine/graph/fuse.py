@@ -27,9 +27,17 @@ def fuse(graph: Graph, constants: dict[str, Tensor]) -> None:
 
 
 def hoist_quantizers(graph: Graph) -> None:
-    """quantize(layout(x)) = layout(quantize(x)); quantisers of the same value become one."""
+    """quantize(layout(x)) = layout(quantize(x)); quantisers of the same value become one.
+
+    A product of attention stays put: its heads are adjacent only after the layout changes that follow it.
+    """
     rewriter = Rewriter(graph)
     for node in [n for n in graph.nodes if n.op == "quantize"]:
+        root = rewriter.producer(node.args[0])
+        while root is not None and root.op in LAYOUT_OPS:
+            root = rewriter.producer(root.args[0])
+        if root is not None and root.op in ("scaled_dot_product_attention", "bmm", "matmul"):
+            continue
         while True:
             layout = rewriter.producer(node.args[0])
             if layout is None or layout.op not in LAYOUT_OPS:
@@ -130,10 +138,12 @@ def _geglu_input(rewriter: Rewriter, node: Node) -> Ref | None:
         if chunk is None or (first.args[1], second.args[1]) != (0, 1) or len(rewriter.users[chunk.name]) != 2:
             continue
         axis = chunk.args[2] if len(chunk.args) > 2 else chunk.kwargs.get("dim", 0)
-        rank = len(rewriter.shape(chunk.args[0]))
-        if chunk.op in ("chunk", "split", "split_with_sizes") and axis % rank == rank - 1 and rank != 4:
-            if all(rewriter.only_user(n) is not None for n in (gelu, first, second)):
-                return chunk.args[0]
+        whole = rewriter.shape(chunk.args[0])
+        halves = len(whole) != 4 and axis % len(whole) == len(whole) - 1
+        halves = halves and first.shape == second.shape == (*whole[:-1], whole[-1] // 2)
+        alone = all(rewriter.only_user(n) is not None for n in (gelu, first, second))
+        if halves and alone and chunk.op in ("chunk", "split", "split_with_sizes"):
+            return chunk.args[0]
     return None
 
 
@@ -148,13 +158,19 @@ def fuse_norms(graph: Graph) -> None:
         if source is None or rewriter.only_user(source) is None:
             continue
         if source.op == "layer_norm" and not silu and len(source.args[1]) == 1:
-            _fuse_layernorm(node, source)
+            if _has_stored_affine(source):
+                _fuse_layernorm(node, source)
         else:
             norm, scale, shift = _scaled_norm(rewriter, source)
-            if norm is not None:
+            if norm is not None and _has_stored_affine(norm):
                 _fuse_groupnorm(rewriter, node, norm, silu, scale, shift)
         rewriter.refresh()
     graph.prune()
+
+
+def _has_stored_affine(norm: Node) -> bool:
+    """Whether a norm's weight and bias are parameters, not values that the graph computes."""
+    return not any(isinstance(value, Ref) for value in norm.args[2:])
 
 
 def _fuse_layernorm(node: Node, norm: Node) -> None:
@@ -178,9 +194,9 @@ def _scaled_norm(rewriter: Rewriter, node: Node) -> tuple[Node | None, Ref | Non
             norm, one_plus = rewriter.producer(value), rewriter.producer(factor)
             if norm is None or norm.op != "group_norm" or rewriter.only_user(norm) is None:
                 continue
-            if one_plus is not None and one_plus.op == "add" and one_plus.args[1:] == (1,):
-                if _per_channel(rewriter, one_plus.args[0]):
-                    return norm, one_plus.args[0], shift
+            plus_one = one_plus is not None and one_plus.op == "add" and one_plus.args[1:] == (1,)
+            if one_plus is not None and plus_one and _per_channel(rewriter, one_plus.args[0]):
+                return norm, one_plus.args[0], shift
     return None, None, None
 
 

@@ -20,6 +20,7 @@ from .ir import Const, Graph, Node, Ref, map_leaves
 from .operators import FLOAT_OPS, INTEGER_OPS
 
 ActivationHook = Callable[[str, Tensor], Tensor]  # (site, x) -> what the layer sees
+InputHook = Callable[[Node, int, Tensor], None]  # (layer node, segment, the layer's input)
 WeightHook = Callable[[Node, int, Tensor], Tensor]  # (layer node, segment, float weight or None) -> weight
 
 
@@ -42,6 +43,7 @@ def run_float(
     activation: ActivationHook | None = None,
     weight: WeightHook | None = None,
     observe: Callable[[Node, Tensor], None] | None = None,
+    layer_input: InputHook | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Output of the graph in floating-point arithmetic of ``dtype``.
@@ -53,9 +55,13 @@ def run_float(
         activation: applied to every quantiser's input, with the site's name; identity by default.
         weight: returns the weight of a layer's K segment; the float one by default.
         observe: called with every node and its value, as it is computed.
+        layer_input: called with every layer and the input of each of its K segments.
         dtype: float32 or float64.
     """
-    interpreter = _FloatInterpreter(constants, activation or (lambda _, x: x), weight or (lambda n, i, w: w), dtype)
+    interpreter = _FloatInterpreter(constants, dtype)
+    interpreter.activation = activation or interpreter.activation
+    interpreter.weight = weight or interpreter.weight
+    interpreter.layer_input = layer_input or interpreter.layer_input
     values: dict[str, Any] = {}
     for name in graph.inputs:
         value = inputs[name]
@@ -73,10 +79,11 @@ def run_float(
 
 
 class _FloatInterpreter:
-    def __init__(
-        self, constants: Mapping[str, Tensor], activation: ActivationHook, weight: WeightHook, dtype: torch.dtype
-    ) -> None:
-        self.constants, self.activation, self.weight, self.dtype = constants, activation, weight, dtype
+    def __init__(self, constants: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self.constants, self.dtype = constants, dtype
+        self.activation: ActivationHook = lambda site, x: x
+        self.weight: WeightHook = lambda node, segment, weight: weight
+        self.layer_input: InputHook = lambda node, segment, x: None
 
     def constant(self, key: str) -> Tensor:
         value = self.constants[key]
@@ -118,8 +125,8 @@ class _FloatInterpreter:
         return self.activation(kwargs["site"], y)
 
     def segment_weights(self, node: Node, count: int) -> list[Tensor]:
-        key = node.kwargs["weight"].key
-        whole = self.constant(key) if key in self.constants else None
+        stored = node.kwargs["weight"]
+        whole = self.constant(stored.key) if stored is not None else None  # None once it is quantised
         parts: list[Any] = [whole] * count
         if count > 1 and whole is not None:
             parts = list(whole.split(list(node.kwargs["segments"]), 1))
@@ -127,12 +134,14 @@ class _FloatInterpreter:
 
     def int_gemm(self, node: Node, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
         (weight,) = self.segment_weights(node, 1)
+        self.layer_input(node, 0, args[0])
         y = F.linear(args[0], weight, kwargs["bias"])
         return y if kwargs["residual"] is None else y + kwargs["residual"]
 
     def int_conv2d(self, node: Node, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
         y: Tensor | None = None
-        for x, weight in zip(args, self.segment_weights(node, len(args)), strict=True):
+        for i, (x, weight) in enumerate(zip(args, self.segment_weights(node, len(args)), strict=True)):
+            self.layer_input(node, i, x)
             part = convolve(x, weight, None if y is not None else kwargs["bias"], kwargs)
             y = part if y is None else y + part
         assert y is not None
@@ -163,9 +172,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, attributes: Mapping
     padding = (top, left)
     if (top, left) != (bottom, right):
         x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
-    return F.conv2d(
-        x, weight, bias, attributes["stride"], padding, attributes["dilation"], attributes["groups"]
-    )
+    return F.conv2d(x, weight, bias, attributes["stride"], padding, attributes["dilation"], attributes["groups"])
 
 
 def fake_quantize(x: Tensor, scale: Tensor | float, zero_point: Tensor | int, bits: int) -> Tensor:
@@ -207,8 +214,6 @@ def simulate(
     def weight(node: Node, segment: int, _: Tensor | None) -> Tensor:
         return weights[node.kwargs["layer"]][segment].dequantize(dtype)
 
-    output = run_float(
-        graph, constants, inputs, activation=activation, weight=weight, observe=observe, dtype=dtype
-    )
+    output = run_float(graph, constants, inputs, activation=activation, weight=weight, observe=observe, dtype=dtype)
     shape = (1, -1, *[1] * (output.dim() - 2))
     return output * table.output_scale[row].to(dtype).reshape(shape) + table.output_shift[row].to(dtype).reshape(shape)

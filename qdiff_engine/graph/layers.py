@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..numerics import MAX_K
@@ -41,6 +43,8 @@ def float_reason(node: Node, kinds: frozenset[str], constants: dict[str, Tensor]
         return None
     if not isinstance(node.args[1], Const):
         return "its weight is computed, not stored"
+    if len(node.args) > 2 and isinstance(node.args[2], Ref):
+        return "its bias is computed, not stored"
     if "sample" not in kinds and (TIMESTEP in kinds or SEQUENCE not in kinds):
         return _TIME_REASON
     taps = constants[node.args[1].key][0].numel()
@@ -94,7 +98,8 @@ def _pointwise_to_linear(rewriter: Rewriter, node: Node, constants: dict[str, Te
     node.op, node.args, node.kwargs = "transpose", (Ref(linear.name), 1, 2), {}
 
 
-def _convolution_arguments(node: Node, axes: int) -> tuple[tuple, tuple, tuple, int]:
+def _convolution_arguments(node: Node, axes: int) -> tuple[Any, ...]:
+    """(stride, padding, dilation, groups), the first three spelt out per axis; padding may be a word."""
     names, defaults = ("stride", "padding", "dilation", "groups"), (1, 0, 1, 1)
     values = []
     for i, (name, default) in enumerate(zip(names, defaults, strict=True)):
@@ -103,7 +108,7 @@ def _convolution_arguments(node: Node, axes: int) -> tuple[tuple, tuple, tuple, 
             value = tuple(value) if isinstance(value, tuple | list) else (value,)
             value = value * axes if len(value) == 1 else value
         values.append(value)
-    return tuple(values)  # type: ignore[return-value]
+    return tuple(values)
 
 
 def _explicit_convolution(rewriter: Rewriter, node: Node, constants: dict[str, Tensor]) -> None:

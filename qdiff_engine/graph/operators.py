@@ -32,6 +32,22 @@ IDENTITY_OPS = frozenset(
     "dropout feature_dropout alpha_dropout alias detach contiguous clone lift_fresh lift_fresh_copy".split()
 )
 
+# other names of the same operators, told apart by torch and by nothing else
+ALIASES = {
+    "absolute": "abs",
+    "clip": "clamp",
+    "concat": "cat",
+    "concatenate": "cat",
+    "divide": "div",
+    "moveaxis": "movedim",
+    "multiply": "mul",
+    "negative": "neg",
+    "subtract": "sub",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "true_divide": "div",
+}
+
 
 def _reshape(x: Tensor, *shape: Any) -> Tensor:
     """``view`` as the graph means it: its inputs may be channels-last here, where a strict view does not exist."""

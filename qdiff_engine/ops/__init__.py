@@ -32,6 +32,7 @@ __all__ = [
     "quantize",
     "resolve",
     "storage",
+    "supports",
 ]
 
 # operator -> (backend, module of this package that implements it), fastest first
@@ -39,6 +40,7 @@ _TABLE: dict[str, tuple[tuple[str, str], ...]] = {
     "quantize": (("native", "native"), ("torch", "plain")),
     "groupnorm_silu_quantize": (("native", "native"), ("torch", "plain")),
     "layernorm_quantize": (("native", "native"), ("torch", "plain")),
+    "attention": (("native", "native"), ("torch", "plain")),
     "int_gemm": (("onednn", "onednn"), ("native", "native_matmul"), ("torch", "plain")),
     "int_conv2d": (("onednn", "onednn"), ("native", "native_matmul"), ("torch", "plain")),
 }
@@ -124,6 +126,14 @@ def resolve(operator: str, device: torch.device | str = "cpu", backend: str | No
 def chosen(operator: str, device: torch.device | str = "cpu", backend: str | None = None) -> str:
     """Name of the backend that `resolve` takes."""
     return _find(operator, torch.device(device).type, backend)[0]
+
+
+def supports(backend: str | None, operator: str) -> bool:
+    """Whether a backend is, or is not known to be missing from, an operator's row of the table.
+
+    False only for a known backend that has no such operator (oneDNN has no norms): others then run it.
+    """
+    return backend not in _BACKENDS or backend in dict(_TABLE[operator]) or not _status(backend)[0]
 
 
 def storage(device: torch.device | str = "cpu", backend: str | None = None) -> torch.dtype:

@@ -270,6 +270,32 @@ def layernorm_quantize(
     return out
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """y[b, h, l] = sum_s softmax_s(scale q[b, h, l] . k[b, h, s]) v[b, h, s], in float32.
+
+    Args:
+        q: float32 [B, H, L, D]; k, v: float32 [B, H, S, D]; any strides, adjacent channels are fastest.
+        scale: 1 / sqrt(D) by default.
+
+    Returns:
+        [B, H, L, D], a view of memory laid out [B, L, H, D]: the heads of a token are adjacent.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype != torch.float32 or x.dim() != 4:
+            raise TypeError(f"{name} must be float32 [B, H, L, D], got {x.dtype} {list(x.shape)}")
+    batch, heads, queries, dim = q.shape
+    expected = (batch, heads, k.shape[2], dim)
+    if tuple(k.shape) != expected or tuple(v.shape) != expected or 0 in (*q.shape, k.shape[2]):
+        raise ValueError(f"k and v must be [{batch}, {heads}, S, {dim}], got {list(k.shape)} and {list(v.shape)}")
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    out = torch.empty(batch, queries, heads, dim)
+    _kernels().attention(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), batch, heads, queries, k.shape[2], dim,
+        q.stride()[:3], k.stride()[:3], v.stride()[:3], dim**-0.5 if scale is None else scale,
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
 @dataclass(frozen=True)
 class PackedGemm:
     """A weight int8 [N, K] as the kernels read it."""

@@ -114,6 +114,11 @@ def layernorm_quantize(
     return y if scale is None else numerics.stored(numerics.quantize(y, scale, zero_point, bits), storage)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """y[b, h, l] = sum_s softmax_s(scale q[b, h, l] . k[b, h, s]) v[b, h, s]; q, k, v [B, H, L or S, D]."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
 def int_gemm(
     q: Tensor,
     weight: GemmWeight,

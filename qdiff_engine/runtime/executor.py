@@ -70,6 +70,7 @@ class Program:
         self.slots = compiler.slots
         self.sections = {name: compiler.section(name) for name in ("prompt", "time", "main")}
         self.output = compiler.slots[graph.output]
+        self.folds_correction = compiler.corrected_layer is not None
         self._kept = {name: compiler.kept_after(name) for name in ("prompt", "time")}
         self._prompts = _Cache(limit=4)
         self._times = _Cache(limit=_CACHED_TIMESTEPS)
@@ -87,7 +88,11 @@ class Program:
         self._cached("time", self._times, (batch, timestep), conditioning, values, constants)
         for instruction in self.sections["main"]:
             instruction(values, constants)
-        return values[self.output]
+        output, a, b = values[self.output], constants.output_scale, constants.output_shift
+        if a is None or b is None or self.folds_correction:
+            return output
+        shape = (1, -1, *[1] * (output.dim() - 2))
+        return output * a.reshape(shape) + b.reshape(shape)
 
     def _cached(
         self, section: str, cache: _Cache, key: tuple, conditioning: list[Tensor], values: Values, row: Row
@@ -143,14 +148,25 @@ class _Compiler:
         device: torch.device,
         backend: str | None,
     ) -> None:
-        self.graph, self.weights, self.constants = graph, weights, constants
+        self.graph, self.weights, self.constants, self.device = graph, weights, constants, device
         self.slots = {name: i for i, name in enumerate([*graph.inputs, *(node.name for node in graph.nodes)])}
         self.columns = {site: i for i, site in enumerate(table.sites)}
         self.quantizers = graph.quantizer_of()
         self.storage = ops.storage(device, backend)
-        self.kernels = {name: ops.resolve(name, device, backend) for name in sorted(INTEGER_OPS)}
+        self.kernels = {
+            name: ops.resolve(name, device, backend if ops.supports(backend, name) else None)
+            for name in sorted(INTEGER_OPS)
+        }
         self.last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.refs()}
         self.alias_use = self._alias_use()
+        self.corrected_layer = self._corrected_layer()
+
+    def _corrected_layer(self) -> Node | None:
+        """The convolution that makes the output, if only a bias is added to it: e' = a e + b folds into it."""
+        last = next((node for node in self.graph.nodes if node.name == self.graph.output), None)
+        if last is None or last.op != "int_conv2d":
+            return None
+        return last if last.kwargs["temb"] is None and last.kwargs["residual"] is None else None
 
     def _alias_use(self) -> dict[str, int]:
         """Last reader of each value or of anything that may share its memory (any floating-point operator's result)."""
@@ -193,7 +209,9 @@ class _Compiler:
             return self.int_conv2d(index, node)
         if node.op in INTEGER_OPS:
             return getattr(self, node.op)(node)
-        return self.floating(node)
+        if node.op == "scaled_dot_product_attention" and len(node.args) == 3 and set(node.kwargs) <= {"scale"}:
+            return self.floating(node, ops.resolve("attention", self.device))
+        return self.floating(node, FLOAT_OPS[node.op])
 
     def value(self, argument: Any) -> Callable[[Values], Any]:
         """Reader of an optional Ref or Const argument."""
@@ -203,9 +221,11 @@ class _Compiler:
         constant = self.constants[argument.key] if isinstance(argument, Const) else argument
         return lambda values: constant
 
-    def floating(self, node: Node) -> Instruction:
-        """One of the floating-point operators, its arguments resolved as far as they are known."""
-        function, out = FLOAT_OPS[node.op], self.slots[node.name]
+    def floating(self, node: Node, function: Callable[..., Any]) -> Instruction:
+        """A floating-point operator, its arguments resolved as far as they are known."""
+        out = self.slots[node.name]
+        if node.op == "linear" and node.section != "main":
+            function = _linear_by_sample
 
         def known(value: Any) -> Any:
             return self.constants[value.key] if isinstance(value, Const) else value
@@ -295,7 +315,7 @@ class _Compiler:
 
     def _corrected(self, node: Node) -> Callable[[Row, Tensor | None], tuple[Tensor | None, Tensor | None]]:
         """(bias, output scale) of a row: e' = a e + b folds into the constants of the layer that makes the output."""
-        if node.kwargs.get("edge") != "last":
+        if node is not self.corrected_layer:
             return lambda row, bias: (bias, None)
 
         def corrected(row: Row, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -311,16 +331,12 @@ class _Compiler:
         column = self.columns[self.quantizers[node.args[0].name].kwargs["site"]]
         (quantized,) = self.weights[node.kwargs["layer"]]
         weight = ops.pack_gemm(quantized.values, quantized.scale)
-        constant_bias, residual = self.value(node.kwargs["bias"])([]), self.value(node.kwargs["residual"])
-        corrected = self._corrected(node)
+        bias, residual = self.value(node.kwargs["bias"])([]), self.value(node.kwargs["residual"])
 
         def run(values: Values, row: Row) -> None:
             scale, zero_point, bits = row.sites[column]
-            bias, output_scale = corrected(row, constant_bias)
             affine = (None, None) if bits == 16 else (scale, zero_point)
-            values[out] = kernel(
-                values[read], weight, *affine, bias, residual=residual(values), output_scale=output_scale
-            )
+            values[out] = kernel(values[read], weight, *affine, bias, residual=residual(values))
 
         return run
 
@@ -339,8 +355,10 @@ class _Compiler:
             for slot, weight, column in parts:
                 scale, zero_point, bits = row.sites[column]
                 q = values[slot] if upsample == 1 else _upsampled(values[slot], upsample)
-                affine = (None, None) if bits == 16 else (scale, zero_point)
-                segments.append(ops.Segment(q, weight, *affine))
+                if bits == 16:
+                    segments.append(ops.Segment(q, weight))
+                else:
+                    segments.append(ops.Segment(q, weight, scale, zero_point, bits))
             bias, output_scale = corrected(row, constant_bias)
             values[out] = kernel(
                 segments,
@@ -360,6 +378,13 @@ class _Compiler:
         producer = self.graph.node(residual.name)
         fresh = producer.op in ("int_conv2d", "int_gemm") and producer.section == "main"
         return fresh and self.alias_use[residual.name] == index and residual.name != self.graph.output
+
+
+def _linear_by_sample(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y[b] = W x[b] + bias, one b at a time: a matrix product's last bits depend on how many rows it has."""
+    if len(x) > 1 and bool((x == x[:1]).all()):
+        return F.linear(x[:1], weight, bias).repeat(len(x), *[1] * (x.dim() - 1))
+    return torch.cat([F.linear(row, weight, bias) for row in x.split(1)])
 
 
 def _emptying(slots: list[int]) -> Instruction:

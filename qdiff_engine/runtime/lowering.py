@@ -1,7 +1,7 @@
 """Rearrangements that suit a machine without changing a value: what the CPU's convolutions cannot fuse, others do.
 
-oneDNN's integer convolution adds no per-sample bias and pads symmetrically. So the time embedding moves into the
-GroupNorm that reads the convolution, and upsampling and lopsided padding into the quantiser that feeds it.
+oneDNN's integer convolution adds no per-sample bias, and pays for zero points where it pads. So the time embedding
+moves into the GroupNorm that reads the convolution, and upsampling and padding into the quantiser that feeds it.
 """
 
 from __future__ import annotations
@@ -42,13 +42,12 @@ def _embeddings_to_norms(graph: Graph) -> None:
 
 
 def _placement_to_quantizers(graph: Graph) -> None:
-    """Upsampling and asymmetric padding are written by the quantiser when every reader wants the same."""
+    """The quantiser writes the upsampled and padded image itself, where no other layer reads the plain one."""
     rewriter = Rewriter(graph)
     for node in graph.nodes:
         if node.op != "int_conv2d":
             continue
-        top, bottom, left, right = node.kwargs["padding"]
-        if node.kwargs["upsample"] == 1 and (top, left) == (bottom, right):
+        if node.kwargs["upsample"] == 1 and not any(node.kwargs["padding"]):
             continue
         sources = [rewriter.producer(ref) for ref in node.args]
         if all(s is not None and s.op in _PLACING and rewriter.only_user(s) is node for s in sources):

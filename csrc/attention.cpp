@@ -1,0 +1,169 @@
+// attention: out[l] = sum_s softmax_s(scale q[l] . k[s]) v[s], for every batch entry and head, float32.
+//
+// Vectorised over queries, so that a small head dimension costs nothing: 32 queries form one tile, their scores
+// against a block of keys stay in the L1 cache, and the softmax is carried from block to block (online softmax).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=fast")  // no rounding here is specified bit for bit: multiply-adds may fuse
+#endif
+#include <vector>
+
+#include "kernels.h"
+
+namespace qdiff {
+namespace {
+
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#endif
+
+#if defined(__GNUC__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never leave this file
+#endif
+
+constexpr int64_t kLanes = 16, kQueries = 2 * kLanes, kKeys = 128;
+
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t IntLanes __attribute__((vector_size(kLanes * sizeof(float))));
+
+QDIFF_INLINE Lanes load(const float* x) {
+    Lanes v;
+    std::memcpy(&v, x, sizeof v);
+    return v;
+}
+
+QDIFF_INLINE void store(float* x, Lanes v) { std::memcpy(x, &v, sizeof v); }
+
+QDIFF_INLINE Lanes larger_of(Lanes a, Lanes b) { return a > b ? a : b; }
+
+// 2^x for x in [-126, 0]: 2^n times a polynomial in the fraction, |fraction| <= 1/2; relative error 2e-7.
+QDIFF_INLINE Lanes exp2_lanes(Lanes x) {
+    x = larger_of(x, Lanes{} - 126.0f);
+    const Lanes shifted = x + 12582912.0f;  // leaves the nearest integer in the low bits
+    const Lanes f = x - (shifted - 12582912.0f);
+    Lanes p = f * 1.535336188e-4f + 1.339887440e-3f;
+    p = p * f + 9.618437357e-3f;
+    p = p * f + 5.550332471e-2f;
+    p = p * f + 2.402264791e-1f;
+    p = p * f + 6.931472028e-1f;
+    p = p * f + 1.0f;
+    return p * (Lanes)(((IntLanes)shifted + 127) << 23);
+}
+
+// scores[j][lane] = sum_c queries[c][lane] keys[j][c] for `count` keys; returns the running maximum.
+template <int count>
+QDIFF_INLINE void score_keys(const float* queries, const float* keys, int64_t key_stride, int64_t dim, float* scores,
+                             Lanes maxima[2]) {
+    Lanes s[count][2] = {};
+    for (int64_t c = 0; c < dim; ++c) {
+        const Lanes q0 = load(queries + c * kQueries), q1 = load(queries + c * kQueries + kLanes);
+        for (int j = 0; j < count; ++j) {
+            const float k = keys[j * key_stride + c];
+            s[j][0] += q0 * k;
+            s[j][1] += q1 * k;
+        }
+    }
+    for (int j = 0; j < count; ++j)
+        for (int half = 0; half < 2; ++half) {
+            maxima[half] = larger_of(maxima[half], s[j][half]);
+            store(scores + j * kQueries + half * kLanes, s[j][half]);
+        }
+}
+
+// sums[c][lane] += sum_j weights[j][lane] values[j][c] for `count` channels c.
+template <int count>
+QDIFF_INLINE void add_values(const float* weights, const float* values, int64_t value_stride, int64_t keys,
+                             float* sums) {
+    Lanes a[count][2] = {};  // a block's own sum first: long rows lose fewer digits
+    for (int64_t j = 0; j < keys; ++j) {
+        const Lanes w0 = load(weights + j * kQueries), w1 = load(weights + j * kQueries + kLanes);
+        for (int c = 0; c < count; ++c) {
+            const float v = values[j * value_stride + c];
+            a[c][0] += w0 * v;
+            a[c][1] += w1 * v;
+        }
+    }
+    for (int c = 0; c < count; ++c)
+        for (int half = 0; half < 2; ++half) {
+            float* sum = sums + c * kQueries + half * kLanes;
+            store(sum, load(sum) + a[c][half]);
+        }
+}
+
+struct Tile {
+    float* queries;  // [dim][32], scaled by scale log2(e)
+    float* sums;     // [dim][32]
+    float* scores;   // [kKeys][32]
+};
+
+// One block of keys: scores, the new maximum, the old sums rescaled to it, the weighted values added.
+QDIFF_INLINE void attend_block(const Tile& tile, const float* keys, int64_t key_stride, const float* values,
+                               int64_t value_stride, int64_t count, int64_t dim, Lanes maxima[2], Lanes totals[2]) {
+    const Lanes before[2] = {maxima[0], maxima[1]};
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4)
+        score_keys<4>(tile.queries, keys + j * key_stride, key_stride, dim, tile.scores + j * kQueries, maxima);
+    for (; j < count; ++j)
+        score_keys<1>(tile.queries, keys + j * key_stride, key_stride, dim, tile.scores + j * kQueries, maxima);
+    for (int half = 0; half < 2; ++half) {
+        const Lanes rescale = exp2_lanes(before[half] - maxima[half]);
+        totals[half] *= rescale;
+        for (int64_t c = 0; c < dim; ++c) {
+            float* sum = tile.sums + c * kQueries + half * kLanes;
+            store(sum, load(sum) * rescale);
+        }
+        Lanes total = {};
+        for (j = 0; j < count; ++j) {
+            float* score = tile.scores + j * kQueries + half * kLanes;
+            const Lanes weight = exp2_lanes(load(score) - maxima[half]);
+            total += weight;
+            store(score, weight);
+        }
+        totals[half] += total;
+    }
+    int64_t c = 0;
+    for (; c + 4 <= dim; c += 4)
+        add_values<4>(tile.scores, values + c, value_stride, count, tile.sums + c * kQueries);
+    for (; c < dim; ++c) add_values<1>(tile.scores, values + c, value_stride, count, tile.sums + c * kQueries);
+}
+
+QDIFF_CLONES
+void attend(const AttentionShape& shape, const float* q, const float* k, const float* v, float* out, int64_t first,
+            int64_t queries, const Tile& tile) {
+    for (int64_t c = 0; c < shape.dim; ++c)
+        for (int64_t lane = 0; lane < kQueries; ++lane)
+            tile.queries[c * kQueries + lane] =
+                lane < queries ? q[(first + lane) * shape.q_stride[2] + c] * shape.log2_scale : 0.0f;
+    std::memset(tile.sums, 0, shape.dim * kQueries * sizeof(float));
+    Lanes maxima[2] = {Lanes{} - 1e30f, Lanes{} - 1e30f}, totals[2] = {};
+    for (int64_t start = 0; start < shape.keys; start += kKeys)
+        attend_block(tile, k + start * shape.k_stride[2], shape.k_stride[2], v + start * shape.v_stride[2],
+                     shape.v_stride[2], smaller(kKeys, shape.keys - start), shape.dim, maxima, totals);
+    float inverse[kQueries];
+    for (int half = 0; half < 2; ++half) store(inverse + half * kLanes, 1.0f / totals[half]);
+    for (int64_t lane = 0; lane < queries; ++lane)
+        for (int64_t c = 0; c < shape.dim; ++c)
+            out[(first + lane) * shape.heads * shape.dim + c] = tile.sums[c * kQueries + lane] * inverse[lane];
+}
+
+}  // namespace
+
+void attention(const float* q, const float* k, const float* v, float* out, const AttentionShape& shape) {
+    const int64_t tiles = ceil_div(shape.queries, kQueries), tasks = shape.batch * shape.heads * tiles;
+#pragma omp parallel if (tasks > 1)
+    {
+        std::vector<float> scratch((2 * shape.dim + kKeys) * kQueries);
+        float* base = scratch.data();
+        const Tile tile = {base, base + shape.dim * kQueries, base + 2 * shape.dim * kQueries};
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < tasks; ++task) {
+            const int64_t b = task / tiles / shape.heads, h = task / tiles % shape.heads;
+            const int64_t first = task % tiles * kQueries;
+            attend(shape, q + b * shape.q_stride[0] + h * shape.q_stride[1],
+                   k + b * shape.k_stride[0] + h * shape.k_stride[1], v + b * shape.v_stride[0] + h * shape.v_stride[1],
+                   out + (b * shape.queries * shape.heads + h) * shape.dim, first,
+                   smaller(kQueries, shape.queries - first), tile);
+        }
+    }
+}
+
+}  // namespace qdiff

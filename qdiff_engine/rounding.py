@@ -1,0 +1,103 @@
+"""float weights -> integers: interchangeable functions ``(weight, bits, inputs) -> QuantizedWeight``.
+
+``inputs`` [P, K] are vectors that the layer's weights really multiply, drawn from the calibration trajectories over
+all rows; they tell which rounding errors the layer's output feels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import numerics
+from .weights import QuantizedWeight
+
+Rounder = Callable[[Tensor, int, "Tensor | None"], QuantizedWeight]
+
+_SHRINK = {8: torch.linspace(0.80, 1.0, 41).tolist(), 4: torch.linspace(0.50, 1.10, 49).tolist()}
+_SEARCH_INPUTS = 512  # vectors that the scale search looks at
+_DAMP = 0.01  # of the Hessian's mean diagonal, as GPTQ does
+_BLOCK = 128
+
+
+def search_scale(weight: Tensor, bits: int, inputs: Tensor | None = None) -> Tensor:
+    """s_w[n] = argmin over shrunk ranges of sum_p (sum_k (w[n,k] - s q[n,k]) x[p,k])^2, nearest rounding.
+
+    Args:
+        weight: float32 [N, K].
+        inputs: float32 [P, K]; without them the squared error of the weights themselves is least.
+
+    Returns:
+        float32 [N]; 1 for a row of zeros.
+    """
+    full = weight.abs().amax(1) / numerics.weight_range(bits)[1]
+    full = torch.where(full > torch.finfo(torch.float32).tiny, full, torch.ones_like(full))
+    if inputs is not None:
+        inputs = inputs[torch.linspace(0, len(inputs) - 1, min(len(inputs), _SEARCH_INPUTS)).long()].T.contiguous()
+    best, least = full, torch.full_like(full, torch.inf)
+    for shrink in _SHRINK[bits]:
+        scale = full * shrink
+        error = numerics.quantize_weight(weight, scale, bits).float() * scale[:, None] - weight
+        loss = (error if inputs is None else error @ inputs).square().sum(1)
+        better = loss < least
+        best, least = torch.where(better, scale, best), torch.where(better, loss, least)
+    return best
+
+
+def nearest(weight: Tensor, bits: int, inputs: Tensor | None = None) -> QuantizedWeight:
+    """q = round(w / s_w) with the scale of least output error per channel (`search_scale`)."""
+    flat = weight.float().flatten(1)
+    scale = search_scale(flat, bits, inputs)
+    return QuantizedWeight(numerics.quantize_weight(weight.float(), scale, bits), scale, bits)
+
+
+def gptq(weight: Tensor, bits: int, inputs: Tensor | None = None) -> QuantizedWeight:
+    """Round one input channel after another; what each rounding spoils, the channels still to come make good.
+
+    With H = X^T X / P + damp I and U the upper Cholesky factor of H^-1, channel k's error e = (w_k - s q_k) / U_kk is
+    taken off the later channels as e U_k,j. Channels go by falling H_kk. Without inputs this is `nearest`.
+
+    Source: Frantar et al., GPTQ (ICLR 2023), algorithm 1.
+    """
+    if inputs is None:
+        return nearest(weight, bits)
+    flat = weight.float().flatten(1)
+    scale = search_scale(flat, bits, inputs)
+    order, factor = _inverse_factor(inputs)
+    values = torch.empty_like(flat, dtype=torch.int8)
+    values[:, order] = _round_in_order(flat[:, order], scale, factor, bits)
+    return QuantizedWeight(values.reshape(weight.shape), scale, bits)
+
+
+def _inverse_factor(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels by falling second moment, and the upper Cholesky factor of the damped inverse Hessian in that order."""
+    x = inputs.double()
+    hessian = x.T @ x / len(x)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    hessian = hessian[order][:, order]
+    mean = hessian.diagonal().mean().clamp(min=1e-12)
+    hessian.diagonal().add_(_DAMP * mean)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return order, torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def _round_in_order(weight: Tensor, scale: Tensor, factor: Tensor, bits: int) -> Tensor:
+    """The GPTQ sweep over columns in blocks; ``weight`` [N, K] and ``factor`` [K, K] in the same channel order."""
+    weight, (low, high) = weight.clone(), numerics.weight_range(bits)
+    values = torch.empty_like(weight, dtype=torch.int8)
+    for start in range(0, weight.shape[1], _BLOCK):
+        block = slice(start, min(start + _BLOCK, weight.shape[1]))
+        local, local_factor = weight[:, block].T.contiguous(), factor[block, block]
+        errors = torch.empty_like(local)
+        for k in range(len(local)):
+            q = torch.round(local[k] / scale).clamp_(low, high)
+            values[:, start + k] = q.to(torch.int8)
+            errors[k] = (local[k] - q * scale) / local_factor[k, k]
+            local[k + 1 :].addr_(local_factor[k, k + 1 :], errors[k], alpha=-1)
+        weight[:, block.stop :] -= errors.T @ factor[block, block.stop :]
+    return values
+
+
+ROUNDERS: dict[str, Rounder] = {"nearest": nearest, "gptq": gptq}
