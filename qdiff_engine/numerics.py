@@ -110,8 +110,8 @@ def unpack_int4(packed: Tensor, k: int) -> Tensor:
     """Inverse of `pack_int4`: uint8 [N, ceil(k / 2)] -> int8 [N, k]."""
     if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] != (k + 1) // 2:
         raise TypeError(f"packed must be uint8 [N, {(k + 1) // 2}], got {packed.dtype} {list(packed.shape)}")
-    nibbles = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(1)[:, :k].view(torch.int8)
-    return torch.where(nibbles > 7, nibbles - 16, nibbles)
+    pairs = packed.contiguous().view(torch.int8)  # shifts of signed bytes extend the sign
+    return torch.stack(((pairs << 4) >> 4, pairs >> 4), dim=-1).flatten(1)[:, :k].contiguous()
 
 
 def conv_output_size(size: int, kernel: int, stride: int, pad_low: int, pad_high: int, dilation: int) -> int:
