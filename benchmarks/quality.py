@@ -22,17 +22,18 @@ from qdiff_engine.models import ddim, demo_model
 
 RESULTS = "quality-mnist32.json"
 COLUMNS = (
-    "weights", "activations", "observer", "rows", "edges", "psnr_db", "psnr_db_min", "ssim", "latent_error", "gbops",
-    "gbops_ratio", "quantization_seconds",
+    "weights", "activations", "rounding", "observer", "rows", "edges", "psnr_db", "psnr_db_min", "ssim", "latent_error",
+    "gbops", "gbops_ratio", "quantization_seconds",
 )  # fmt: skip
 SEED = 1  # of the images; the calibration draws from seed 0, so no image was calibrated on
 PRECISIONS = ("w8a8", "w4a8", "w4a4", "w8a16")
-CHANGES = (  # one choice at a time away from the defaults: observer mse, rows step, edges a16
+CHANGES = (  # one choice at a time away from the defaults: observer mse, rows step, edges a16, weights nearest
     {"observer": "minmax"},
     {"observer": "percentile"},
     {"rows": "group:5"},
     {"rows": "static"},
     {"edges": "a8"},
+    {"weights": "gptq"},
 )
 
 
@@ -68,6 +69,7 @@ def row(recipe: qe.Recipe, model: qe.IntegerUNet, result: Comparison, seconds: d
         "model": "mnist32",
         "weights": f"int{recipe.weight_bits}",
         "activations": f"a{recipe.activation_bits}",
+        "rounding": recipe.weights,
         "plan": recipe.plan,
         "observer": recipe.observer,
         "rows": recipe.rows,

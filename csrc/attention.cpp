@@ -21,6 +21,7 @@ namespace {
 #endif
 
 constexpr int64_t kLanes = 16, kQueries = 2 * kLanes, kKeys = 128;
+constexpr int64_t kTaskQueries = 8 * kQueries;  // share one copy of the keys
 
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t IntLanes __attribute__((vector_size(kLanes * sizeof(float))));
@@ -35,29 +36,27 @@ QDIFF_INLINE void store(float* x, Lanes v) { std::memcpy(x, &v, sizeof v); }
 
 QDIFF_INLINE Lanes larger_of(Lanes a, Lanes b) { return a > b ? a : b; }
 
-// 2^x for x in [-126, 0]: 2^n times a polynomial in the fraction, |fraction| <= 1/2; relative error 2e-7.
+// 2^x for x in [-126, 0]: 2^n times a polynomial in the fraction, |fraction| <= 1/2; relative error 1.5e-7.
 QDIFF_INLINE Lanes exp2_lanes(Lanes x) {
     x = larger_of(x, Lanes{} - 126.0f);
     const Lanes shifted = x + 12582912.0f;  // leaves the nearest integer in the low bits
     const Lanes f = x - (shifted - 12582912.0f);
-    Lanes p = f * 1.535336188e-4f + 1.339887440e-3f;
-    p = p * f + 9.618437357e-3f;
-    p = p * f + 5.550332471e-2f;
-    p = p * f + 2.402264791e-1f;
-    p = p * f + 6.931472028e-1f;
+    Lanes p = f * 1.327644437e-3f + 9.675537689e-3f;
+    p = p * f + 5.550713315e-2f;
+    p = p * f + 2.402211979e-1f;
+    p = p * f + 6.931469671e-1f;
     p = p * f + 1.0f;
-    return p * (Lanes)(((IntLanes)shifted + 127) << 23);
+    return (Lanes)((IntLanes)p + ((IntLanes)shifted << 23));  // p lies in [0.7, 1.5]: n goes straight to its exponent
 }
 
 // scores[j][lane] = sum_c queries[c][lane] keys[j][c] for `count` keys; returns the running maximum.
 template <int count>
-QDIFF_INLINE void score_keys(const float* queries, const float* keys, int64_t key_stride, int64_t dim, float* scores,
-                             Lanes maxima[2]) {
+QDIFF_INLINE void score_keys(const float* queries, const float* keys, int64_t dim, float* scores, Lanes maxima[2]) {
     Lanes s[count][2] = {};
     for (int64_t c = 0; c < dim; ++c) {
         const Lanes q0 = load(queries + c * kQueries), q1 = load(queries + c * kQueries + kLanes);
         for (int j = 0; j < count; ++j) {
-            const float k = keys[j * key_stride + c];
+            const float k = keys[j * dim + c];
             s[j][0] += q0 * k;
             s[j][1] += q1 * k;
         }
@@ -71,13 +70,12 @@ QDIFF_INLINE void score_keys(const float* queries, const float* keys, int64_t ke
 
 // sums[c][lane] += sum_j weights[j][lane] values[j][c] for `count` channels c.
 template <int count>
-QDIFF_INLINE void add_values(const float* weights, const float* values, int64_t value_stride, int64_t keys,
-                             float* sums) {
+QDIFF_INLINE void add_values(const float* weights, const float* values, int64_t dim, int64_t keys, float* sums) {
     Lanes a[count][2] = {};  // a block's own sum first: long rows lose fewer digits
     for (int64_t j = 0; j < keys; ++j) {
         const Lanes w0 = load(weights + j * kQueries), w1 = load(weights + j * kQueries + kLanes);
         for (int c = 0; c < count; ++c) {
-            const float v = values[j * value_stride + c];
+            const float v = values[j * dim + c];
             a[c][0] += w0 * v;
             a[c][1] += w1 * v;
         }
@@ -89,21 +87,23 @@ QDIFF_INLINE void add_values(const float* weights, const float* values, int64_t 
         }
 }
 
-struct Tile {
+struct Scratch {
     float* queries;  // [dim][32], scaled by scale log2(e)
     float* sums;     // [dim][32]
     float* scores;   // [kKeys][32]
+    float* keys;     // [keys][dim]: rows of one head, adjacent, lest they share a few sets of the cache
+    float* values;   // [keys][dim]
 };
 
 // One block of keys: scores, the new maximum, the old sums rescaled to it, the weighted values added.
-QDIFF_INLINE void attend_block(const Tile& tile, const float* keys, int64_t key_stride, const float* values,
-                               int64_t value_stride, int64_t count, int64_t dim, Lanes maxima[2], Lanes totals[2]) {
+QDIFF_INLINE void attend_block(const Scratch& tile, const float* keys, const float* values, int64_t count, int64_t dim,
+                               Lanes maxima[2], Lanes totals[2]) {
     const Lanes before[2] = {maxima[0], maxima[1]};
     int64_t j = 0;
     for (; j + 4 <= count; j += 4)
-        score_keys<4>(tile.queries, keys + j * key_stride, key_stride, dim, tile.scores + j * kQueries, maxima);
+        score_keys<4>(tile.queries, keys + j * dim, dim, tile.scores + j * kQueries, maxima);
     for (; j < count; ++j)
-        score_keys<1>(tile.queries, keys + j * key_stride, key_stride, dim, tile.scores + j * kQueries, maxima);
+        score_keys<1>(tile.queries, keys + j * dim, dim, tile.scores + j * kQueries, maxima);
     for (int half = 0; half < 2; ++half) {
         const Lanes rescale = exp2_lanes(before[half] - maxima[half]);
         totals[half] *= rescale;
@@ -122,46 +122,63 @@ QDIFF_INLINE void attend_block(const Tile& tile, const float* keys, int64_t key_
     }
     int64_t c = 0;
     for (; c + 4 <= dim; c += 4)
-        add_values<4>(tile.scores, values + c, value_stride, count, tile.sums + c * kQueries);
-    for (; c < dim; ++c) add_values<1>(tile.scores, values + c, value_stride, count, tile.sums + c * kQueries);
+        add_values<4>(tile.scores, values + c, dim, count, tile.sums + c * kQueries);
+    for (; c < dim; ++c) add_values<1>(tile.scores, values + c, dim, count, tile.sums + c * kQueries);
 }
 
-QDIFF_CLONES
-void attend(const AttentionShape& shape, const float* q, const float* k, const float* v, float* out, int64_t first,
-            int64_t queries, const Tile& tile) {
-    for (int64_t c = 0; c < shape.dim; ++c)
+QDIFF_INLINE void gather_rows(const float* x, int64_t stride, int64_t rows, int64_t dim, float* out) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t c = 0; c < dim; ++c) out[row * dim + c] = x[row * stride + c];
+}
+
+QDIFF_INLINE void attend_tile(const AttentionShape& shape, const float* q, float* out, int64_t queries,
+                              const Scratch& tile) {
+    const int64_t dim = shape.dim;
+    for (int64_t c = 0; c < dim; ++c)
         for (int64_t lane = 0; lane < kQueries; ++lane)
-            tile.queries[c * kQueries + lane] =
-                lane < queries ? q[(first + lane) * shape.q_stride[2] + c] * shape.log2_scale : 0.0f;
-    std::memset(tile.sums, 0, shape.dim * kQueries * sizeof(float));
+            tile.queries[c * kQueries + lane] = lane < queries ? q[lane * shape.q_stride[2] + c] * shape.log2_scale : 0;
+    std::memset(tile.sums, 0, dim * kQueries * sizeof(float));
     Lanes maxima[2] = {Lanes{} - 1e30f, Lanes{} - 1e30f}, totals[2] = {};
     for (int64_t start = 0; start < shape.keys; start += kKeys)
-        attend_block(tile, k + start * shape.k_stride[2], shape.k_stride[2], v + start * shape.v_stride[2],
-                     shape.v_stride[2], smaller(kKeys, shape.keys - start), shape.dim, maxima, totals);
+        attend_block(tile, tile.keys + start * dim, tile.values + start * dim, smaller(kKeys, shape.keys - start), dim,
+                     maxima, totals);
     float inverse[kQueries];
     for (int half = 0; half < 2; ++half) store(inverse + half * kLanes, 1.0f / totals[half]);
     for (int64_t lane = 0; lane < queries; ++lane)
-        for (int64_t c = 0; c < shape.dim; ++c)
-            out[(first + lane) * shape.heads * shape.dim + c] = tile.sums[c * kQueries + lane] * inverse[lane];
+        for (int64_t c = 0; c < dim; ++c)
+            out[lane * shape.heads * dim + c] = tile.sums[c * kQueries + lane] * inverse[lane];
+}
+
+// Rows first .. first + queries of one head of one batch entry.
+QDIFF_CLONES
+void attend(const AttentionShape& shape, const float* q, const float* k, const float* v, float* out, int64_t first,
+            int64_t queries, const Scratch& scratch) {
+    gather_rows(k, shape.k_stride[2], shape.keys, shape.dim, scratch.keys);
+    gather_rows(v, shape.v_stride[2], shape.keys, shape.dim, scratch.values);
+    for (int64_t row = first; row < first + queries; row += kQueries)
+        attend_tile(shape, q + row * shape.q_stride[2], out + row * shape.heads * shape.dim,
+                    smaller(kQueries, first + queries - row), scratch);
 }
 
 }  // namespace
 
 void attention(const float* q, const float* k, const float* v, float* out, const AttentionShape& shape) {
-    const int64_t tiles = ceil_div(shape.queries, kQueries), tasks = shape.batch * shape.heads * tiles;
+    const int64_t parts = ceil_div(shape.queries, kTaskQueries), tasks = shape.batch * shape.heads * parts;
 #pragma omp parallel if (tasks > 1)
     {
-        std::vector<float> scratch((2 * shape.dim + kKeys) * kQueries);
-        float* base = scratch.data();
-        const Tile tile = {base, base + shape.dim * kQueries, base + 2 * shape.dim * kQueries};
+        const int64_t rows = shape.dim * kQueries, all_keys = shape.dim * shape.keys;
+        std::vector<float> memory(2 * rows + kKeys * kQueries + 2 * all_keys);
+        float* at = memory.data();
+        const Scratch scratch = {at, at + rows, at + 2 * rows, at + 2 * rows + kKeys * kQueries,
+                                 at + 2 * rows + kKeys * kQueries + all_keys};
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; ++task) {
-            const int64_t b = task / tiles / shape.heads, h = task / tiles % shape.heads;
-            const int64_t first = task % tiles * kQueries;
+            const int64_t b = task / parts / shape.heads, h = task / parts % shape.heads;
+            const int64_t first = task % parts * kTaskQueries;
             attend(shape, q + b * shape.q_stride[0] + h * shape.q_stride[1],
                    k + b * shape.k_stride[0] + h * shape.k_stride[1], v + b * shape.v_stride[0] + h * shape.v_stride[1],
                    out + (b * shape.queries * shape.heads + h) * shape.dim, first,
-                   smaller(kQueries, shape.queries - first), tile);
+                   smaller(kTaskQueries, shape.queries - first), scratch);
         }
     }
 }

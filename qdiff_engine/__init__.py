@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from .version import __version__ as __version__
 
-
 _WHERE = {
     "Recipe": "recipe",
     "Calibration": "calibration.calibration",

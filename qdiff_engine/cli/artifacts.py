@@ -12,6 +12,7 @@ import click
 
 from .options import (
     Command,
+    check_eta,
     count_option,
     guidance_arguments,
     machine_options,
@@ -42,6 +43,7 @@ _SHOWN_LAYERS = 12
     help="The deployment sampler; 'folder' is the scheduler saved with MODEL.",
 )
 @click.option("--observer", default="mse", show_default=True, help="How ranges are found: minmax, percentile or mse.")
+@click.option("--weights", default="nearest", show_default=True, help="How weights are rounded: nearest or gptq.")
 @click.option("--rows", default="step", show_default=True, help="Rows that share a range: step, group:K or static.")
 @click.option("--edges", default="a16", show_default=True, help="First layer's activations: a16 (floating) or a8.")
 @click.option("--plan", default="uniform", show_default=True, help="'uniform', or a JSON file: each row's mode.")
@@ -58,6 +60,7 @@ def calibrate(
     out: str,
     sampler: str,
     observer: str,
+    weights: str,
     rows: str,
     edges: str,
     plan: str,
@@ -75,15 +78,17 @@ def calibrate(
     from ..recipe import Recipe
     from ..runtime.summary import layer_rows
 
-    recipe = Recipe.named(recipe_name, observer=observer, rows=rows, edges=edges)
+    recipe = Recipe.named(recipe_name, observer=observer, weights=weights, rows=rows, edges=edges)
     use_machine(device, threads)
     guided = guidance_arguments(conditioning, guidance)
     loaded = load_model(model)
     scheduler = make_sampler(sampler, loaded.scheduler, model)
+    noise = check_eta(eta, scheduler)
     recipe = Recipe.from_dict({**recipe.to_dict(), "plan": read_plan(plan, scheduler, steps)})
     output.resume = f"the finished steps are in {partial}: run the same command to resume"
 
     from ..calibration.calibration import calibrate as run
+    from ..quantization import layers as integer_layers
     from ..quantization import quantize
 
     with output.progress("calibrating", steps) as advance:
@@ -95,15 +100,14 @@ def calibrate(
             samples=samples,
             seed=seed,
             cache_dir=partial,
-            eta=eta or 0.0,
+            eta=noise,
             batch=batch,
             on_step=lambda _: advance(),
             **guided,
         )
-    with output.progress("quantising", 1) as advance:
-        quantized = quantize(loaded.unet, calibration, recipe)
+    with output.progress("quantising", len(list(integer_layers(calibration.capture.graph)))) as advance:
+        quantized = quantize(loaded.unet, calibration, recipe, on_layer=lambda _: advance())
         quantized.save_pretrained(target)
-        advance()
     shutil.rmtree(partial, ignore_errors=True)
     layers = layer_rows(quantized)
     integers = sum(row["quantized"] for row in layers)

@@ -87,6 +87,7 @@ def make_artifacts(output: Output, folder: Path, settings: Settings, unet: Any, 
         check_replaceable(_artifact(folder, recipe), FILES)
     from ..calibration.calibration import calibrate
     from ..pictures import activation_ranges
+    from ..quantization import layers as integer_layers
     from ..quantization import quantize
     from ..recipe import Recipe
     from ..runtime.files import write_file
@@ -103,12 +104,12 @@ def make_artifacts(output: Output, folder: Path, settings: Settings, unet: Any, 
             on_step=lambda _: advance(),
         )
     tables = {}
-    with output.progress("quantising and saving", len(RECIPES)) as advance:
+    layers = len(list(integer_layers(calibration.capture.graph)))
+    with output.progress("quantising", layers * len(RECIPES)) as advance:
         for recipe in RECIPES:
-            model = quantize(unet, calibration, Recipe.named(recipe))
+            model = quantize(unet, calibration, Recipe.named(recipe), on_layer=lambda _: advance())
             tables["range of the 8-bit integers"] = model.table  # the same statistics, hence the same for both
             model.save_pretrained(_artifact(folder, recipe))
-            advance()
     write_file(ranges, activation_ranges(calibration, tables, _SHOWN_SITES))
     shutil.rmtree(partial, ignore_errors=True)
 

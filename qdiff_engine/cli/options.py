@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -154,6 +155,13 @@ def make_sampler(sampler: str, scheduler: Any, source: str) -> Any:
             raise ValueError(f"{type(scheduler).__name__} has no beta schedule, so DDPM cannot replace it")
         return scheduler_from(DDPMScheduler, config)
     return scheduler
+
+
+def check_eta(eta: float | None, scheduler: Any) -> float:
+    """``--eta``, 0 when it is not given; refused before any work where the sampler takes none."""
+    if eta and "eta" not in inspect.signature(scheduler.step).parameters:
+        raise ValueError(f"--eta {eta:g}: {type(scheduler).__name__} takes no eta; use --sampler ddim")
+    return eta or 0.0
 
 
 def scheduler_of(key: Mapping[str, Any]) -> Any:
