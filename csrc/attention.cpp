@@ -1,13 +1,18 @@
 // attention: out[l] = sum_s softmax_s(scale q[l] . k[s]) v[s], for every batch entry and head, float32.
-//
-// Vectorised over queries, so that a small head dimension costs nothing: 32 queries form one tile, their scores
-// against a block of keys stay in the L1 cache, and the softmax is carried from block to block (online softmax).
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("fp-contract=fast")  // no rounding here is specified bit for bit: multiply-adds may fuse
 #endif
 #include <vector>
 
 #include "kernels.h"
+
+#if defined(__GNUC__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never leave this file
+#endif
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+#define QDIFF_HAS_AVX512 1
+#endif
 
 namespace qdiff {
 namespace {
@@ -16,148 +21,38 @@ namespace {
 #pragma clang fp contract(fast)
 #endif
 
-#if defined(__GNUC__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never leave this file
-#endif
-
 constexpr int64_t kLanes = 16, kQueries = 2 * kLanes, kKeys = 128;
 constexpr int64_t kTaskQueries = 8 * kQueries;  // share one copy of the keys
 
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t IntLanes __attribute__((vector_size(kLanes * sizeof(float))));
+namespace portable {
+#define QDIFF_ATTEND QDIFF_CLONES
+#include "attention_tile.h"
+#undef QDIFF_ATTEND
+}  // namespace portable
 
-QDIFF_INLINE Lanes load(const float* x) {
-    Lanes v;
-    std::memcpy(&v, x, sizeof v);
-    return v;
-}
+#ifdef QDIFF_HAS_AVX512
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma")
+namespace avx512 {
+#define QDIFF_ATTEND
+#define QDIFF_EXP2_AVX512
+#include "attention_tile.h"
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
 
-QDIFF_INLINE void store(float* x, Lanes v) { std::memcpy(x, &v, sizeof v); }
+using portable::Scratch;
 
-QDIFF_INLINE Lanes larger_of(Lanes a, Lanes b) { return a > b ? a : b; }
-
-// 2^x for x in [-126, 0]: 2^n times a polynomial in the fraction, |fraction| <= 1/2; relative error 1.5e-7.
-QDIFF_INLINE Lanes exp2_lanes(Lanes x) {
-    x = larger_of(x, Lanes{} - 126.0f);
-    const Lanes shifted = x + 12582912.0f;  // leaves the nearest integer in the low bits
-    const Lanes f = x - (shifted - 12582912.0f);
-    Lanes p = f * 1.327644437e-3f + 9.675537689e-3f;
-    p = p * f + 5.550713315e-2f;
-    p = p * f + 2.402211979e-1f;
-    p = p * f + 6.931469671e-1f;
-    p = p * f + 1.0f;
-    return (Lanes)((IntLanes)p + ((IntLanes)shifted << 23));  // p lies in [0.7, 1.5]: n goes straight to its exponent
-}
-
-// scores[j][lane] = sum_c queries[c][lane] keys[j][c] for `count` keys; returns the running maximum.
-template <int count>
-QDIFF_INLINE void score_keys(const float* queries, const float* keys, int64_t dim, float* scores, Lanes maxima[2]) {
-    Lanes s[count][2] = {};
-    for (int64_t c = 0; c < dim; ++c) {
-        const Lanes q0 = load(queries + c * kQueries), q1 = load(queries + c * kQueries + kLanes);
-        for (int j = 0; j < count; ++j) {
-            const float k = keys[j * dim + c];
-            s[j][0] += q0 * k;
-            s[j][1] += q1 * k;
-        }
+void attend_head(const AttentionShape& shape, const float* q, const float* k, const float* v, float* out, int64_t first,
+            int64_t queries, const Scratch& s) {
+#ifdef QDIFF_HAS_AVX512
+    static const bool fast = __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (fast) {
+        avx512::attend(shape, q, k, v, out, first, queries, {s.queries, s.sums, s.scores, s.keys, s.values});
+        return;
     }
-    for (int j = 0; j < count; ++j)
-        for (int half = 0; half < 2; ++half) {
-            maxima[half] = larger_of(maxima[half], s[j][half]);
-            store(scores + j * kQueries + half * kLanes, s[j][half]);
-        }
-}
-
-// sums[c][lane] += sum_j weights[j][lane] values[j][c] for `count` channels c.
-template <int count>
-QDIFF_INLINE void add_values(const float* weights, const float* values, int64_t dim, int64_t keys, float* sums) {
-    Lanes a[count][2] = {};  // a block's own sum first: long rows lose fewer digits
-    for (int64_t j = 0; j < keys; ++j) {
-        const Lanes w0 = load(weights + j * kQueries), w1 = load(weights + j * kQueries + kLanes);
-        for (int c = 0; c < count; ++c) {
-            const float v = values[j * dim + c];
-            a[c][0] += w0 * v;
-            a[c][1] += w1 * v;
-        }
-    }
-    for (int c = 0; c < count; ++c)
-        for (int half = 0; half < 2; ++half) {
-            float* sum = sums + c * kQueries + half * kLanes;
-            store(sum, load(sum) + a[c][half]);
-        }
-}
-
-struct Scratch {
-    float* queries;  // [dim][32], scaled by scale log2(e)
-    float* sums;     // [dim][32]
-    float* scores;   // [kKeys][32]
-    float* keys;     // [keys][dim]: rows of one head, adjacent, lest they share a few sets of the cache
-    float* values;   // [keys][dim]
-};
-
-// One block of keys: scores, the new maximum, the old sums rescaled to it, the weighted values added.
-QDIFF_INLINE void attend_block(const Scratch& tile, const float* keys, const float* values, int64_t count, int64_t dim,
-                               Lanes maxima[2], Lanes totals[2]) {
-    const Lanes before[2] = {maxima[0], maxima[1]};
-    int64_t j = 0;
-    for (; j + 4 <= count; j += 4)
-        score_keys<4>(tile.queries, keys + j * dim, dim, tile.scores + j * kQueries, maxima);
-    for (; j < count; ++j)
-        score_keys<1>(tile.queries, keys + j * dim, dim, tile.scores + j * kQueries, maxima);
-    for (int half = 0; half < 2; ++half) {
-        const Lanes rescale = exp2_lanes(before[half] - maxima[half]);
-        totals[half] *= rescale;
-        for (int64_t c = 0; c < dim; ++c) {
-            float* sum = tile.sums + c * kQueries + half * kLanes;
-            store(sum, load(sum) * rescale);
-        }
-        Lanes total = {};
-        for (j = 0; j < count; ++j) {
-            float* score = tile.scores + j * kQueries + half * kLanes;
-            const Lanes weight = exp2_lanes(load(score) - maxima[half]);
-            total += weight;
-            store(score, weight);
-        }
-        totals[half] += total;
-    }
-    int64_t c = 0;
-    for (; c + 4 <= dim; c += 4)
-        add_values<4>(tile.scores, values + c, dim, count, tile.sums + c * kQueries);
-    for (; c < dim; ++c) add_values<1>(tile.scores, values + c, dim, count, tile.sums + c * kQueries);
-}
-
-QDIFF_INLINE void gather_rows(const float* x, int64_t stride, int64_t rows, int64_t dim, float* out) {
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t c = 0; c < dim; ++c) out[row * dim + c] = x[row * stride + c];
-}
-
-QDIFF_INLINE void attend_tile(const AttentionShape& shape, const float* q, float* out, int64_t queries,
-                              const Scratch& tile) {
-    const int64_t dim = shape.dim;
-    for (int64_t c = 0; c < dim; ++c)
-        for (int64_t lane = 0; lane < kQueries; ++lane)
-            tile.queries[c * kQueries + lane] = lane < queries ? q[lane * shape.q_stride[2] + c] * shape.log2_scale : 0;
-    std::memset(tile.sums, 0, dim * kQueries * sizeof(float));
-    Lanes maxima[2] = {Lanes{} - 1e30f, Lanes{} - 1e30f}, totals[2] = {};
-    for (int64_t start = 0; start < shape.keys; start += kKeys)
-        attend_block(tile, tile.keys + start * dim, tile.values + start * dim, smaller(kKeys, shape.keys - start), dim,
-                     maxima, totals);
-    float inverse[kQueries];
-    for (int half = 0; half < 2; ++half) store(inverse + half * kLanes, 1.0f / totals[half]);
-    for (int64_t lane = 0; lane < queries; ++lane)
-        for (int64_t c = 0; c < dim; ++c)
-            out[lane * shape.heads * dim + c] = tile.sums[c * kQueries + lane] * inverse[lane];
-}
-
-// Rows first .. first + queries of one head of one batch entry.
-QDIFF_CLONES
-void attend(const AttentionShape& shape, const float* q, const float* k, const float* v, float* out, int64_t first,
-            int64_t queries, const Scratch& scratch) {
-    gather_rows(k, shape.k_stride[2], shape.keys, shape.dim, scratch.keys);
-    gather_rows(v, shape.v_stride[2], shape.keys, shape.dim, scratch.values);
-    for (int64_t row = first; row < first + queries; row += kQueries)
-        attend_tile(shape, q + row * shape.q_stride[2], out + row * shape.heads * shape.dim,
-                    smaller(kQueries, first + queries - row), scratch);
+#endif
+    portable::attend(shape, q, k, v, out, first, queries, s);
 }
 
 }  // namespace
@@ -175,7 +70,7 @@ void attention(const float* q, const float* k, const float* v, float* out, const
         for (int64_t task = 0; task < tasks; ++task) {
             const int64_t b = task / parts / shape.heads, h = task / parts % shape.heads;
             const int64_t first = task % parts * kTaskQueries;
-            attend(shape, q + b * shape.q_stride[0] + h * shape.q_stride[1],
+            attend_head(shape, q + b * shape.q_stride[0] + h * shape.q_stride[1],
                    k + b * shape.k_stride[0] + h * shape.k_stride[1], v + b * shape.v_stride[0] + h * shape.v_stride[1],
                    out + (b * shape.queries * shape.heads + h) * shape.dim, first,
                    smaller(kTaskQueries, shape.queries - first), scratch);

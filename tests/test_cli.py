@@ -337,6 +337,24 @@ def test_conditioning_keys_nest_by_dots(tmp_path: Path) -> None:
         read_conditioning(path)
 
 
+def test_conditioning_that_is_missing_is_named(run: Run, tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "num_class_embeds": 3}
+    UNet2DModel(**sizes, block_out_channels=(32,), **blocks).save_pretrained(tmp_path / "m" / "unet")
+    DDIMScheduler().save_pretrained(tmp_path / "m" / "scheduler")
+    model, target, labels = tmp_path / "m", tmp_path / "art", tmp_path / "labels.safetensors"
+    safetensors.torch.save_file({"class_labels": torch.tensor([2, 0])}, labels)
+    refused(run("calibrate", model, "--out", target), "class_labels", "--conditioning")
+    loaded(run("calibrate", model, *TINY, "--out", target, "--conditioning", labels, "--json"))
+    refused(run("sample", target, "--out", tmp_path / "x.png"), "class_labels", "--conditioning")
+    refused(run("bench", target), "class_labels", "--conditioning")
+    data = loaded(run("compare", target, "--reference", model, "--n", 3, "--conditioning", labels, "--json"))
+    assert data["samples"] == 3 and data["psnr_db"] > 20
+    assert loaded(run("bops", model, "--recipe", "w8a8", "--json")) == loaded(run("bops", target, "--json"))
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [

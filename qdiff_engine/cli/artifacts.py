@@ -82,6 +82,9 @@ def calibrate(
     use_machine(device, threads)
     guided = guidance_arguments(conditioning, guidance)
     loaded = load_model(model)
+    needed = example_conditioning(loaded.unet.config)
+    if needed is not None and guided["conditioning"] is None:
+        raise ValueError(f"{model} takes the conditioning {', '.join(needed)}; give it in --conditioning FILE")
     scheduler = make_sampler(sampler, loaded.scheduler, model)
     noise = check_eta(eta, scheduler)
     recipe = Recipe.from_dict({**recipe.to_dict(), "plan": read_plan(plan, scheduler, steps)})
@@ -170,7 +173,9 @@ def _show_summary(console: Any, data: dict[str, Any]) -> None:
     ratio = data["size_bytes"] / max(data["float_size_bytes"], 1)
     console.print(f"{megabytes(data['size_bytes'])}, {ratio:.3f} of {megabytes(data['float_size_bytes'])} in float32")
     counted = ", ".join(f"{modes.count(mode)} x {mode}" for mode in dict.fromkeys(modes))
-    console.print(f"{data['rows']} rows ({counted}); recipe {', '.join(f'{k} {v}' for k, v in recipe.items())}")
+    console.print(
+        f"{data['rows']} rows ({counted}); recipe {', '.join(f'{k} {v}' for k, v in recipe.items())}", soft_wrap=True
+    )
 
 
 @click.command(cls=Command)
@@ -258,5 +263,6 @@ def _show_bops(console: Any, data: dict[str, Any]) -> None:
     macs = sum(row["macs"] for row in rows)
     console.print(
         f"{macs / 1e9:.3f} GMAC per sample and step; {data['total_gbops']:.1f} GBOPs, "
-        f"{data['float_gbops']:.1f} in floating point: {data['ratio']:.2f} times fewer"
+        f"{data['float_gbops']:.1f} in floating point: {data['ratio']:.2f} times fewer",
+        soft_wrap=True,
     )

@@ -139,6 +139,15 @@ def guidance_arguments(path: Path | None, guidance: float | None) -> dict[str, A
     return {"guidance_scale": guidance, "conditioning": conditioning, "unconditional": unconditional}
 
 
+def check_conditioning(model: Any, given: Mapping[str, Any] | None, source: str) -> None:
+    """Refuse to start without the conditioning that the captured network of ``source`` takes."""
+    from ..graph.interpret import flatten_conditioning
+
+    missing = sorted(set(model.graph.inputs) - {"sample", "timestep"} - set(flatten_conditioning(given)))
+    if missing:
+        raise ValueError(f"{source} takes the conditioning {', '.join(missing)}; give it in --conditioning FILE")
+
+
 def make_sampler(sampler: str, scheduler: Any, source: str) -> Any:
     """The scheduler that ``--sampler`` names, from the one that ``source`` came with."""
     if scheduler is None:

@@ -10,6 +10,7 @@ import click
 
 from .options import (
     Command,
+    check_conditioning,
     count_option,
     guidance_arguments,
     machine_options,
@@ -62,6 +63,7 @@ def sample(
     from ..runtime.model import load
 
     model = load(artifact, device=use_machine(device, threads))
+    check_conditioning(model, guided["conditioning"], artifact)
     channels, height, width = (int(size) for size in model.graph.inputs["sample"][1:])
     if path.suffix in _PICTURES and channels not in (1, 3):
         raise ValueError(
@@ -148,6 +150,7 @@ def compare(
     from ..runtime.model import load
 
     model = load(artifact, device=use_machine(device, threads))
+    check_conditioning(model, guided["conditioning"], artifact)
     unet = load_reference(reference, artifact, model.key)
     scheduler = make_sampler(sampler, scheduler_of(model.key), artifact)
     steps = steps or int(model.key.get("steps", 50))
@@ -196,7 +199,8 @@ def _show_comparison(console: Any, report: Any) -> None:
     console.print(table)
     console.print(
         f"PSNR to float: {report.psnr_db:.2f} dB, mean of {report.samples} images, "
-        f"{report.psnr_db_min:.2f} dB for the worst"
+        f"{report.psnr_db_min:.2f} dB for the worst",
+        soft_wrap=True,
     )
 
 
@@ -231,6 +235,7 @@ def bench(
     target = use_machine(device, threads)
     guided = guidance_arguments(conditioning, guidance)
     model = load(artifact, device=target)
+    check_conditioning(model, guided["conditioning"], artifact)
     unet = load_reference(reference, artifact, model.key) if reference else None
     rows = batch if guidance is None else 2 * batch
     with output.progress("timing", 1) as advance:
@@ -255,4 +260,6 @@ def _show_timing(console: Any, data: dict[str, Any]) -> None:
         console.print(f"not run: {name} ({reason})", soft_wrap=True)
     peak = data["peak_memory_bytes"]
     memory = f", peak memory {megabytes(peak)}" if peak else ""
-    console.print(f"{data['device']}, batch {data['batch']}, weights {megabytes(data['weight_bytes'])}{memory}")
+    console.print(
+        f"{data['device']}, batch {data['batch']}, weights {megabytes(data['weight_bytes'])}{memory}", soft_wrap=True
+    )

@@ -80,14 +80,21 @@ def capture(unet: nn.Module, shape: tuple[int, ...], conditioning: Mapping[str, 
             if any(_mutates(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})
     except Exception as error:  # export fails with many types; the cause is kept
-        reason = str(error).strip().splitlines()
         raise ValueError(
             f"unet of type {type(unet).__name__} cannot be captured by torch.export for shape {list(shape)}: "
-            f"{reason[0] if reason else type(error).__name__}"
+            f"{_export_failure(error)}"
         ) from error
     graph, constants = _convert(program)
     mark_sections(graph)
     return Capture(graph, constants, hash_parameters(unet), _config(unet))
+
+
+def _export_failure(error: Exception) -> str:
+    """The cause of a failed export, in one line."""
+    text = str(error).strip()
+    if "Constraints violated (batch)" in text:
+        return "its code fixes the batch size, as len(x) and int(x.shape[0]) do; x.shape[0] and x.size(0) follow it"
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _float_eval(unet: nn.Module) -> nn.Module:

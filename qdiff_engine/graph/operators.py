@@ -58,6 +58,14 @@ def _to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return x.to(*args, **kwargs)
 
 
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding: Any = 0, **geometry: Any) -> Tensor:
+    """``conv2d`` as the graph spells it: its padding may be (top, bottom, left, right)."""
+    if isinstance(padding, tuple) and len(padding) == 4:
+        top, bottom, left, right = padding
+        x, padding = torch.nn.functional.pad(x, (left, right, top, bottom)), 0
+    return torch.nn.functional.conv2d(x, weight, bias, padding=padding, **geometry)
+
+
 def _packet(name: str) -> Callable[..., Any]:
     return getattr(torch.ops.aten, name)
 
@@ -74,7 +82,7 @@ FLOAT_OPS.update(
         "sym_sub": operator.sub,
         "sym_mul": operator.mul,
         "sym_floordiv": operator.floordiv,
-        "conv2d": torch.nn.functional.conv2d,
+        "conv2d": _conv2d,
         "linear": torch.nn.functional.linear,
         "silu": torch.nn.functional.silu,
         "scaled_dot_product_attention": torch.nn.functional.scaled_dot_product_attention,

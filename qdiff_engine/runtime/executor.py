@@ -72,6 +72,7 @@ class Program:
         self.output = compiler.slots[graph.output]
         self.folds_correction = compiler.corrected_layer is not None
         self._kept = {name: compiler.kept_after(name) for name in ("prompt", "time")}
+        self._batched = {self.slots[node.name] for node in lowered.nodes if node.shape[:1] == ("B",)}
         self._prompts = _Cache(limit=4)
         self._times = _Cache(limit=_CACHED_TIMESTEPS)
 
@@ -100,12 +101,32 @@ class Program:
         """Run a section, or restore what it left behind at an earlier call with equal inputs."""
         kept = cache.get(key, conditioning)
         if kept is None:
-            for instruction in self.sections[section]:
-                instruction(values, row)
-            kept = [(slot, values[slot]) for slot in self._kept[section]]
+            if section == "time" and not conditioning:
+                kept = self._single_time(values, row)
+            else:
+                for instruction in self.sections[section]:
+                    instruction(values, row)
+                kept = [(slot, values[slot]) for slot in self._kept[section]]
             cache.put(key, conditioning, kept)
         for slot, value in kept:
             values[slot] = value
+
+
+    def _single_time(self, values: Values, row: Row) -> list[tuple[int, Any]]:
+        """The time section for one sample, repeated over the batch: a batch size never changes what a timestep gives."""
+        single: Values = [None] * len(values)
+        for name in self.inputs:
+            single[self.slots[name]] = values[self.slots[name]][:1]
+        for instruction in (*self.sections["prompt"], *self.sections["time"]):
+            instruction(single, row)
+        batch = len(values[self.slots["sample"]])
+        kept = []
+        for slot in self._kept["time"]:
+            value = single[slot]
+            if slot in self._batched:
+                value = value.expand(batch, *value.shape[1:]).contiguous()
+            kept.append((slot, value))
+        return kept
 
 
 class _Cache:
@@ -329,9 +350,8 @@ class _Compiler:
     def int_gemm(self, node: Node) -> Instruction:
         kernel, out, read = self.kernels["int_gemm"], self.slots[node.name], self.slots[node.args[0].name]
         column = self.columns[self.quantizers[node.args[0].name].kwargs["site"]]
-        (quantized,) = self.weights[node.kwargs["layer"]]
-        weight = ops.pack_gemm(quantized.values, quantized.scale)
-        bias, residual = self.value(node.kwargs["bias"])([]), self.value(node.kwargs["residual"])
+        weight, bias = self._gemm_constants(node.kwargs["layer"], node.kwargs["bias"])
+        residual = self.value(node.kwargs["residual"])
 
         def run(values: Values, row: Row) -> None:
             scale, zero_point, bits = row.sites[column]
@@ -339,6 +359,15 @@ class _Compiler:
             values[out] = kernel(values[read], weight, *affine, bias, residual=residual(values))
 
         return run
+
+    def _gemm_constants(self, layer: Any, bias: Any) -> tuple[ops.GemmWeight, Tensor | None]:
+        """Weight and bias of a product, or of several that the lowering merged: then both arguments are tuples."""
+        layers, biases = (layer, bias) if isinstance(layer, tuple) else ((layer,), (bias,))
+        parts = [self.weights[name][0] for name in layers]
+        weight = ops.pack_gemm(torch.cat([p.values for p in parts]), torch.cat([p.scale for p in parts]))
+        if biases[0] is None:
+            return weight, None
+        return weight, torch.cat([self.value(b)([]) for b in biases])
 
     def int_conv2d(self, index: int, node: Node) -> Instruction:
         kernel, out, k = self.kernels["int_conv2d"], self.slots[node.name], node.kwargs

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 
-from ..graph.ir import Graph, Ref
+from ..graph.ir import Graph, Node, Ref
 from ..graph.rewrite import Rewriter
 
 _PLACING = ("quantize", "groupnorm_silu_quantize")
@@ -23,9 +23,31 @@ def lower_for_cpu(graph: Graph) -> Graph:
             node.kwargs |= {"upsample": 1, "padding": (0, 0, 0, 0)}
         if node.op == "groupnorm_silu_quantize":
             node.kwargs["pre_add"] = None
+    _merge_products(lowered)
     _embeddings_to_norms(lowered)
     _placement_to_quantizers(lowered)
     return lowered
+
+
+def _merge_products(graph: Graph) -> None:
+    """Products of one input (query, key and value) become one, over the concatenated outputs, and views of it.
+
+    The merged node's ``layer`` and ``bias`` are tuples, in the order of its outputs.
+    """
+    groups: dict[tuple, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op == "int_gemm" and node.kwargs["residual"] is None and node.kwargs.get("edge") is None:
+            groups.setdefault(node.args, []).append(node)
+    for (source, *_), nodes in groups.items():
+        if len(nodes) < 2 or len({node.kwargs["bias"] is None for node in nodes}) > 1:
+            continue
+        sizes = [int(node.shape[-1]) for node in nodes]
+        merged = Node(f"{nodes[0].name}.merged", "int_gemm", (source,), dict(nodes[0].kwargs), section=nodes[0].section)
+        merged.kwargs |= {name: tuple(node.kwargs[name] for node in nodes) for name in ("layer", "bias")}
+        merged.shape = (*nodes[0].shape[:-1], sum(sizes))
+        graph.nodes.insert(graph.nodes.index(nodes[0]), merged)
+        for i, (node, size) in enumerate(zip(nodes, sizes, strict=True)):
+            node.op, node.args, node.kwargs = "narrow", (Ref(merged.name), -1, sum(sizes[:i]), size), {}
 
 
 def _embeddings_to_norms(graph: Graph) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.interpret import flatten_conditioning
-from ..graph.ir import Graph, sizes
+from ..graph.ir import Const, Graph, Ref, sizes
 from ..recipe import Recipe
 from ..tables import Table
 from ..weights import QuantizedWeight
@@ -63,7 +63,8 @@ class IntegerUNet(nn.Module):
         self.graph, self.weights, self.constants, self.table = graph, weights, constants, table
         self.recipe, self.key, self.model_config = recipe, key, model_config
         self.config = Config(model_config)
-        self._device = torch.device(device)
+        self._device = _usable_device(device)
+        self._categories = _categories(graph, constants)
         self.program = Program(graph, weights, constants, table, self._device, backend)
         self._last_timestep = _schedule_end(key)
         self.training = False
@@ -101,11 +102,13 @@ class IntegerUNet(nn.Module):
         """
         given = {"encoder_hidden_states": encoder_hidden_states, "class_labels": class_labels, **conditioning}
         sample = self._checked_sample(sample)
-        value = self._checked_timestep(timestep)
+        value = self._checked_timestep(timestep, len(sample))
         inputs = {"sample": sample.float().contiguous(memory_format=torch.channels_last)}
         inputs["timestep"] = _timestep_tensor(value, len(sample))
         inputs.update(self._checked_conditioning(given, len(sample)))
-        output = self.program.run(inputs, value, self.table.row(value)).to(sample.dtype)
+        output = self.program.run(inputs, value, self.table.row(value))
+        # a copy: an ordinary tensor that the caller may change in place, laid out as other UNets' outputs are
+        output = output.to(sample.dtype, copy=True, memory_format=torch.contiguous_format)
         return UNetOutput(output) if return_dict else (output,)
 
     def _checked_sample(self, sample: Any) -> Tensor:
@@ -121,10 +124,14 @@ class IntegerUNet(nn.Module):
             raise ValueError("sample holds NaN or infinity")
         return sample
 
-    def _checked_timestep(self, timestep: Any) -> float:
+    def _checked_timestep(self, timestep: Any, batch: int) -> float:
         if isinstance(timestep, Tensor):
-            if timestep.numel() < 1 or timestep.dim() > 1:
-                raise ValueError(f"timestep must be a scalar or 1-d tensor, got shape {list(timestep.shape)}")
+            if timestep.dim() > 1 or timestep.numel() not in (1, batch):
+                raise ValueError(
+                    f"timestep must be a scalar, or 1-d of length 1 or {batch}, got shape {list(timestep.shape)}"
+                )
+            if timestep.dtype == torch.bool or timestep.is_complex():
+                raise TypeError(f"timestep must hold real numbers, got {timestep.dtype}")
             first = timestep.reshape(-1)[0]
             if not bool((timestep == first).all()):
                 raise ValueError("timestep must hold one value: all samples of a call are at the same step")
@@ -152,8 +159,21 @@ class IntegerUNet(nn.Module):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
             if tuple(value.shape) != sizes(shape, batch):
                 raise ValueError(f"{name} must be {list(sizes(shape, batch))} for this batch, got {list(value.shape)}")
-            flat[name] = value.float() if value.is_floating_point() else value
+            if value.device.type != self._device.type:
+                raise ValueError(f"{name} is on {value.device}, the model on {self._device}")
+            flat[name] = self._checked_values(name, value)
         return flat
+
+    def _checked_values(self, name: str, value: Tensor) -> Tensor:
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} holds NaN or infinity")
+        count = self._categories.get(name)
+        if count is not None:
+            if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+                raise TypeError(f"{name} must hold integers, got {value.dtype}")
+            if not bool(((value >= 0) & (value < count)).all()):
+                raise ValueError(f"{name} must lie in [0, {count - 1}], got {value.tolist()}")
+        return value.float() if value.is_floating_point() else value
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the artifact: config.json, graph.json, model.safetensors; whole or not at all.
@@ -203,6 +223,27 @@ def load(folder: str | Path, device: str | torch.device = "cpu", backend: str | 
 
 
 _FIELDS = ("graph", "weights", "constants", "table", "recipe", "key", "model_config")
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    try:
+        usable = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'cpu', got {device!r}") from error
+    if usable.type != "cpu":
+        raise ValueError(f"device must be 'cpu', got {str(device)!r}: this version has no kernels for other devices")
+    return usable
+
+
+def _categories(graph: Graph, constants: Mapping[str, Tensor]) -> dict[str, int]:
+    """Number of rows of the table that each input of labels, such as class_labels, is looked up in."""
+    counts = {}
+    for node in graph.nodes:
+        if node.op == "embedding":
+            table, index = node.args[:2]
+            if isinstance(table, Const) and isinstance(index, Ref) and index.name in graph.inputs:
+                counts[index.name] = len(constants[table.key])
+    return counts
 
 
 def _schedule_end(key: Mapping[str, Any]) -> float:
