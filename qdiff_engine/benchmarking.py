@@ -27,7 +27,7 @@ from .measuring import (
     thread_count,
 )
 from .runtime.model import IntegerUNet
-from .sampling import Conditioning, check_count, conditioning_for, predict
+from .sampling import Conditioning, check_count, conditioning_for, predict, timestep_tensor
 
 INPUT_SETS = 4
 ENGINE, FLOOR = "engine", "integer floor"
@@ -128,9 +128,8 @@ def input_sets(model: IntegerUNet, batch: int, timestep: float | None, condition
     result = []
     for i in range(INPUT_SETS):
         value = timestep if timestep is not None else rows[round(i * (len(rows) - 1) / (INPUT_SETS - 1))]
-        dtype = torch.int64 if float(value).is_integer() else torch.float32
         sample = torch.randn(sizes(model.graph.inputs["sample"], batch), generator=generator).to(model.device)
-        result.append(Inputs(sample, torch.full((batch,), value, dtype=dtype, device=model.device), given))
+        result.append(Inputs(sample, timestep_tensor(value, batch).to(model.device), given))
     return result
 
 

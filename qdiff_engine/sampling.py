@@ -151,16 +151,17 @@ class Guidance:
         """The guided prediction for these samples."""
         conditional = conditioning_for(self.conditioning, samples)
         if self.scale is None:
-            return predict(unet, sample, _timesteps(timestep, len(sample)), conditional)
+            return predict(unet, sample, timestep_tensor(timestep, len(sample)), conditional)
         both = _both(conditioning_for(self.unconditional, samples), conditional)
-        output = predict(unet, torch.cat([sample, sample]), _timesteps(timestep, 2 * len(sample)), both)
+        output = predict(unet, torch.cat([sample, sample]), timestep_tensor(timestep, 2 * len(sample)), both)
         without, with_ = output.chunk(2)
         return without + self.scale * (with_ - without)
 
 
-def _timesteps(timestep: float, batch: int) -> Tensor:
-    whole = float(timestep).is_integer()
-    return torch.full((batch,), int(timestep) if whole else timestep, dtype=torch.int64 if whole else torch.float32)
+def timestep_tensor(value: float, batch: int) -> Tensor:
+    """[batch] copies of a timestep: int64 where it is whole, float32 where a sampler asks between two steps."""
+    whole = float(value).is_integer()
+    return torch.full((batch,), int(value) if whole else value, dtype=torch.int64 if whole else torch.float32)
 
 
 def _step_arguments(scheduler: Any, eta: float, seed: int, n: int) -> dict[str, Any]:

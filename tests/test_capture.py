@@ -73,6 +73,7 @@ def test_sections_hold_what_they_say(name: str) -> None:
     assert any(node.section == "time" for node in graph.nodes)
     text_layers = [n for n in graph.nodes if n.op == "int_gemm" and n.section == "prompt"]
     assert bool(text_layers) == (name in ("sd", "sdxl"))
+    assert any(node.op == "int_conv2d" and node.section == "prompt" for node in graph.nodes) == (name == "guided")
 
 
 class Noisy(nn.Module):

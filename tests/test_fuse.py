@@ -49,7 +49,7 @@ def tokens(x: Tensor) -> Tensor:
 
 
 def image(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).unflatten(2, (SIZE, SIZE))
+    return x.transpose(1, 2).reshape(x.shape[0], -1, SIZE, SIZE)
 
 
 def fused(net: Net) -> tuple[Graph, Calibration]:
@@ -154,9 +154,29 @@ def test_gelu(approximate: str) -> None:
     assert source(graph, "linear").kwargs["activation"] == ("gelu" if approximate == "none" else "gelu_tanh")
 
 
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda q, k: F.scaled_dot_product_attention(q, k, k),  # [B, L, D], without heads
+        lambda q, k: F.scaled_dot_product_attention(q[:, None], k[:, None], k[:, None], scale=0.7)[:, 0],
+        lambda q, k: F.scaled_dot_product_attention(q[:, None], k[:, None], k[:, None], is_causal=True)[:, 0],
+        lambda q, k: F.scaled_dot_product_attention(q, k, k, attn_mask=torch.ones(36, 36).tril().bool()),
+        lambda q, k: F.scaled_dot_product_attention(q[:, None], k[:, None, ::2], k[:, None, ::2])[:, 0],
+        lambda q, k: F.scaled_dot_product_attention(q[:, None], k[:, None], k[:, None, :, :4])[:, 0].repeat(1, 1, 2),
+        lambda q, k: torch.softmax(torch.einsum("bqd,bkd->bqk", q, k), -1) @ k,
+        lambda q, k: torch.baddbmm(q, torch.softmax(q @ k.mT, -1), k, beta=0.5),
+    ],
+)
+def test_attention_of_every_spelling(attend: Any) -> None:
+    graph, _ = fused(Net(lambda n, h, t: image(attend(n.linear(tokens(h)), n.key(tokens(h)))), key=nn.Linear(8, 8)))
+    assert operators(graph)["int_gemm"] == 2
+
+
 def test_time_embedding_joins_the_convolution() -> None:
     """And on the CPU it moves on into the norm that reads the sum."""
-    graph, _ = fused(Net(lambda n, h, t: n.second(F.silu(n.norm(n.conv(h) + t[:, :, None, None]))), second=nn.Conv2d(8, 8, 1)))
+    graph, _ = fused(
+        Net(lambda n, h, t: n.second(F.silu(n.norm(n.conv(h) + t[:, :, None, None]))), second=nn.Conv2d(8, 8, 1))
+    )
     assert layer(graph, "conv").kwargs["temb"] and "add" not in operators(graph)
     lowered = lower_for_cpu(graph)
     assert layer(lowered, "conv").kwargs["temb"] is None and source(lowered, "second").kwargs["pre_add"]
@@ -248,7 +268,9 @@ def test_zero_padding_joins_the_convolution(pad: Any, expected: tuple[int, ...])
     assert any("pad" in op for op in operators(graph)) == stays
 
 
-@pytest.mark.parametrize(("kernel", "dilation", "expected"), [(3, 1, (1, 1, 1, 1)), (4, 1, (1, 2, 1, 2)), (3, 2, (2,) * 4)])
+@pytest.mark.parametrize(
+    ("kernel", "dilation", "expected"), [(3, 1, (1, 1, 1, 1)), (4, 1, (1, 2, 1, 2)), (3, 2, (2,) * 4)]
+)
 def test_same_padding(kernel: int, dilation: int, expected: tuple[int, ...]) -> None:
     conv = nn.Conv2d(CHANNELS, CHANNELS, kernel, padding="same", dilation=dilation)
     graph, _ = fused(Net(lambda n, h, t: n.same(h), same=conv))
@@ -286,7 +308,11 @@ def test_a_module_called_twice_is_quantised_twice() -> None:
         (lambda n, h, t: F.conv2d(h, n.conv.weight * n.gain[:, None, None, None]), {}, "weight is computed"),
         (lambda n, h, t: F.conv2d(h, n.conv.weight, n.gain * 2), {}, "bias is computed"),
         (lambda n, h, t: n.up(h), {"up": nn.ConvTranspose2d(8, 8, 2, stride=2)}, "transposed convolution"),
-        (lambda n, h, t: n.wide(h.flatten(2)).reshape(h.shape), {"wide": nn.Conv1d(8, 8, 3, padding=1)}, "wider than 1"),
+        (
+            lambda n, h, t: n.wide(h.flatten(2)).reshape(h.shape),
+            {"wide": nn.Conv1d(8, 8, 3, padding=1)},
+            "wider than 1",
+        ),
         (lambda n, h, t: image(torch.bmm(tokens(h), h.mean(2) @ h.mean(3).transpose(1, 2))), {}, "activations stay"),
     ],
 )

@@ -11,7 +11,6 @@ from .. import numerics
 from ..ops import statistics
 
 BINS = 1024
-_SEARCH_BINS = BINS  # a lone outlier leaves few bins for the rest
 _TAIL = 1e-4  # share of values that the percentile observer leaves outside, at each end
 
 
@@ -105,10 +104,9 @@ def _least_error(counts: Tensor, ranges: Tensor, bits: int) -> Tensor:
     among the candidates, so the result is never worse than min/max on these statistics.
     """
     ranges = ranges.double()
-    weight = counts.reshape(len(counts), _SEARCH_BINS, -1).sum(-1)
-    centres = bin_centres(ranges, _SEARCH_BINS)
+    centres = bin_centres(ranges, counts.shape[1])
     shrink = torch.ones_like(ranges)
-    best = _error(centres, weight, ranges, bits)
+    best = _error(centres, counts, ranges, bits)
     coarse = torch.logspace(-1.5, 0, 25, dtype=torch.float64)
     fine = torch.linspace(0.88, 1.12, 9, dtype=torch.float64)
     for grid, absolute in ((coarse, True), (coarse, True), (fine, False), (fine, False)):
@@ -117,7 +115,7 @@ def _least_error(counts: Tensor, ranges: Tensor, bits: int) -> Tensor:
             for factor in grid:
                 candidate = shrink.clone()
                 candidate[:, end] = (factor if absolute else start * factor).clamp(max=1.0)
-                error = _error(centres, weight, ranges * candidate, bits)
+                error = _error(centres, counts, ranges * candidate, bits)
                 better = error < best
                 best = torch.where(better, error, best)
                 shrink[better] = candidate[better]

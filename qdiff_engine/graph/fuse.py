@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .ir import Graph, Node, Ref
+from .ir import SECTIONS, Graph, Node, Ref
 from .layers import canonicalise, insert_quantizers, mark_edges
-from .operators import INTEGER_OPS, LAYOUT_OPS
+from .operators import LAYOUT_OPS
 from .rewrite import Rewriter
 
 
@@ -24,6 +24,8 @@ def fuse(graph: Graph, constants: dict[str, Tensor]) -> None:
     mark_edges(graph)
     graph.prune()
     graph.validate(frozenset(node.op for node in graph.nodes))
+    sections = [SECTIONS.index(node.section) for node in graph.nodes]
+    assert sections == sorted(sections), "a value would be read before its section has run"
 
 
 def hoist_quantizers(graph: Graph) -> None:
@@ -282,7 +284,8 @@ def _layout_chain(rewriter: Rewriter, value: Ref, user: Node) -> tuple[Node, lis
     node = rewriter.producer(value)
     while node is not None and rewriter.only_user(node) is user:
         if node.op in ("int_conv2d", "int_gemm"):
-            return node, layouts[::-1]
+            # a layer of the prompt runs before the latents are known, and adds nothing made from them
+            return (node, layouts[::-1]) if node.section == "main" else None
         if node.op not in ("transpose", "view", "reshape"):
             return None
         layouts.append(node)
@@ -298,8 +301,3 @@ def _inverse_layout(rewriter: Rewriter, layout: Node, value: Ref) -> Node:
         return Node(name, "transpose", (value, *layout.args[1:3]), {}, target, layout.section)
     sizes = tuple(-1 if isinstance(d, str) else d for d in target)
     return Node(name, "reshape", (value, sizes), {}, target, layout.section)
-
-
-def is_integer(node: Node) -> bool:
-    """Whether the engine's own operators run this node."""
-    return node.op in INTEGER_OPS

@@ -201,9 +201,9 @@ def _before_upsample(rewriter: Rewriter, value: Ref) -> tuple[Ref, int]:
 
 
 def mark_edges(graph: Graph) -> None:
-    """Name the first layers (fed by the latents through nothing but layout) and the last (whose result leaves).
+    """Mark the first layers (fed by the latents through nothing but layout) and the last (whose result leaves).
 
-    Sets ``edge`` = "first" or "last" on their nodes, and ``static`` on layers fed by the prompt alone.
+    Every layer gets ``edge`` = "first", "last" or None.
     """
     rewriter = Rewriter(graph)
     fed_by_input = {"sample"}

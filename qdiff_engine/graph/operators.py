@@ -12,7 +12,8 @@ from torch import Tensor
 INTEGER_OPS = frozenset({"quantize", "groupnorm_silu_quantize", "layernorm_quantize", "int_gemm", "int_conv2d"})
 
 # elementwise permutations of one tensor: quantisation commutes with them
-LAYOUT_OPS = frozenset("view reshape transpose permute flatten unflatten squeeze unsqueeze movedim t".split())
+_LAYOUT = "view reshape transpose permute flatten unflatten squeeze unsqueeze movedim t"
+LAYOUT_OPS = frozenset(_LAYOUT.split())
 
 _ATEN = """
 add sub rsub mul div neg pow sqrt rsqrt exp log sin cos tanh sigmoid abs clamp clamp_min clamp_max maximum minimum
@@ -24,13 +25,13 @@ channel_shuffle roll flip mean sum amax amin var std linalg_vector_norm cumsum c
 conv_transpose2d linear matmul mm bmm addmm baddbmm einsum scaled_dot_product_attention avg_pool2d max_pool2d
 adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d constant_pad_nd pad reflection_pad2d
 replication_pad2d group_norm layer_norm batch_norm instance_norm rms_norm arange ones zeros full ones_like zeros_like
-full_like scalar_tensor embedding index_select gather index masked_fill tril triu type_as
-""".split()
+full_like scalar_tensor embedding index_select gather index masked_fill tril triu type_as lerp addcmul addcdiv outer
+_weight_norm mT numpy_T
+"""
 
 # dropped at capture, for at inference they return their first argument
-IDENTITY_OPS = frozenset(
-    "dropout feature_dropout alpha_dropout alias detach contiguous clone lift_fresh lift_fresh_copy".split()
-)
+_IDENTITY = "dropout feature_dropout alpha_dropout alias detach contiguous clone lift_fresh lift_fresh_copy"
+IDENTITY_OPS = frozenset(_IDENTITY.split())
 
 # other names of the same operators, told apart by torch and by nothing else
 ALIASES = {
@@ -58,19 +59,22 @@ def _to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return x.to(*args, **kwargs)
 
 
-def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding: Any = 0, **geometry: Any) -> Tensor:
-    """``conv2d`` as the graph spells it: its padding may be (top, bottom, left, right)."""
+def _conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, *rest: Any, **more: Any
+) -> Tensor:
+    """``conv2d`` as the graph spells it: the padding may be (top, bottom, left, right)."""
     if isinstance(padding, tuple) and len(padding) == 4:
         top, bottom, left, right = padding
         x, padding = torch.nn.functional.pad(x, (left, right, top, bottom)), 0
-    return torch.nn.functional.conv2d(x, weight, bias, padding=padding, **geometry)
+    return torch.nn.functional.conv2d(x, weight, bias, stride, padding, *rest, **more)
 
 
 def _packet(name: str) -> Callable[..., Any]:
     return getattr(torch.ops.aten, name)
 
 
-FLOAT_OPS: dict[str, Callable[..., Any]] = {name: _packet(name) for name in _ATEN if hasattr(torch.ops.aten, name)}
+_KNOWN = [name for name in _ATEN.split() if hasattr(torch.ops.aten, name)]
+FLOAT_OPS: dict[str, Callable[..., Any]] = {name: _packet(name) for name in _KNOWN}
 FLOAT_OPS.update(
     {
         "view": _reshape,

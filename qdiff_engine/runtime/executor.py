@@ -111,9 +111,8 @@ class Program:
         for slot, value in kept:
             values[slot] = value
 
-
     def _single_time(self, values: Values, row: Row) -> list[tuple[int, Any]]:
-        """The time section for one sample, repeated over the batch: a batch size never changes what a timestep gives."""
+        """The time section for one sample, repeated: a batch size never changes what a timestep gives."""
         single: Values = [None] * len(values)
         for name in self.inputs:
             single[self.slots[name]] = values[self.slots[name]][:1]
@@ -230,9 +229,18 @@ class _Compiler:
             return self.int_conv2d(index, node)
         if node.op in INTEGER_OPS:
             return getattr(self, node.op)(node)
-        if node.op == "scaled_dot_product_attention" and len(node.args) == 3 and set(node.kwargs) <= {"scale"}:
+        if node.op == "scaled_dot_product_attention" and self._fits_attention(node):
             return self.floating(node, ops.resolve("attention", self.device))
         return self.floating(node, FLOAT_OPS[node.op])
+
+    def _fits_attention(self, node: Node) -> bool:
+        """Whether `ops.attention` computes this node: q, k and v [B, H, L, D] alike, without a mask or a flag."""
+        shapes = {**self.graph.inputs, **{other.name: other.shape for other in self.graph.nodes}}
+        operands = [shapes[value.name] for value in node.args if isinstance(value, Ref)]
+        if len(node.args) != 3 or len(operands) != 3 or not set(node.kwargs) <= {"scale"}:
+            return False
+        alike = len({(*shape[:2], shape[-1]) for shape in operands}) == 1 and operands[1] == operands[2]
+        return alike and len(operands[0]) == len(operands[1]) == 4
 
     def value(self, argument: Any) -> Callable[[Values], Any]:
         """Reader of an optional Ref or Const argument."""

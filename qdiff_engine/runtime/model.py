@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..graph.interpret import flatten_conditioning
 from ..graph.ir import Const, Graph, Ref, sizes
 from ..recipe import Recipe
+from ..sampling import timestep_tensor
 from ..tables import Table
 from ..weights import QuantizedWeight
 from .artifact import Artifact, load_artifact, save_artifact
@@ -104,7 +105,7 @@ class IntegerUNet(nn.Module):
         sample = self._checked_sample(sample)
         value = self._checked_timestep(timestep, len(sample))
         inputs = {"sample": sample.float().contiguous(memory_format=torch.channels_last)}
-        inputs["timestep"] = _timestep_tensor(value, len(sample))
+        inputs["timestep"] = timestep_tensor(value, len(sample))
         inputs.update(self._checked_conditioning(given, len(sample)))
         output = self.program.run(inputs, value, self.table.row(value))
         # a copy: an ordinary tensor that the caller may change in place, laid out as other UNets' outputs are
@@ -251,8 +252,3 @@ def _schedule_end(key: Mapping[str, Any]) -> float:
     scheduler = key.get("scheduler") if isinstance(key, Mapping) else None
     count = scheduler.get("num_train_timesteps") if isinstance(scheduler, Mapping) else None
     return float(count - 1) if isinstance(count, int) and count > 0 else float("inf")
-
-
-def _timestep_tensor(value: float, batch: int) -> Tensor:
-    whole = value.is_integer()
-    return torch.full((batch,), int(value) if whole else value, dtype=torch.int64 if whole else torch.float32)
