@@ -164,7 +164,8 @@ def timestep_tensor(value: float, batch: int) -> Tensor:
     return torch.full((batch,), int(value) if whole else value, dtype=torch.int64 if whole else torch.float32)
 
 
-def _step_arguments(scheduler: Any, eta: float, seed: int, n: int) -> dict[str, Any]:
+def step_arguments(scheduler: Any, eta: float, seed: int, n: int) -> dict[str, Any]:
+    """What the scheduler's step takes beside the latents: eta, and one generator per sample; eta is checked."""
     parameters = inspect.signature(scheduler.step).parameters
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
@@ -207,7 +208,7 @@ def denoise(
     if not bool(torch.isfinite(latents).all()):
         raise ValueError("latents hold NaN or infinity")
     guidance, recorded = guidance or Guidance(), recorded or {}
-    arguments = _step_arguments(scheduler, eta, seed, len(latents))
+    arguments = step_arguments(scheduler, eta, seed, len(latents))
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
     timesteps = list(scheduler.timesteps)
     for i, timestep in enumerate(timesteps):

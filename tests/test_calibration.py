@@ -18,9 +18,10 @@ from networks import CASES, normal
 from torch import Tensor, nn
 
 import qdiff_engine as qe
-from qdiff_engine.calibration.calibration import Calibration, calibrate
+from qdiff_engine.calibration.calibration import Calibration, calibrate, calibration_key
 from qdiff_engine.quantization import quantize
 from qdiff_engine.recipe import Recipe
+from qdiff_engine.sampling import Guidance
 
 TESTS = Path(__file__).resolve().parent
 SETTINGS: dict[str, Any] = {"shape": (3, 16, 16), "steps": 5, "samples": 3, "seed": 11}
@@ -194,24 +195,16 @@ def test_conditioning_by_tensor_and_by_callable(name: str) -> None:
     assert not torch.equal(other.ranges, by_tensor.ranges)
 
 
-def test_the_key_knows_all_unconditional_samples() -> None:
-    case = CASES["sd"]
-    keys = []
-    for second in (5, 6):
-        words = torch.cat([normal(1, 7, 24, seed=4), normal(1, 7, 24, seed=second)])
-        unconditional = {"encoder_hidden_states": words}
-        calibration = calibrate(
-            networks.network("sd"),
-            networks.ddim(),
-            shape=case.shape,
-            steps=1,
-            samples=2,
-            conditioning=case.conditioning,
-            guidance_scale=2.0,
-            unconditional=unconditional,
-        )
-        keys.append(calibration.key["conditioning"])
-    assert keys[0] != keys[1]
+def test_the_key_knows_all_conditioning() -> None:
+    """Every sample's, of both branches: a cache of other conditioning must not be resumed."""
+    base = torch.cat([normal(1, 7, 24, seed=4), normal(1, 7, 24, seed=5)])
+    other = torch.cat([base[:1], normal(1, 7, 24, seed=6)])  # differs in the second sample only
+    keys = set()
+    for conditional, unconditional in ((base, base), (other, base), (base, other)):
+        words = [{"encoder_hidden_states": words} for words in (unconditional, conditional)]
+        key = calibration_key("hash", networks.ddim(), 2, 2, 0, 0.0, Guidance(2.0, *words))
+        keys.add(key["conditioning"])
+    assert len(keys) == 3
 
 
 def test_the_network_is_left_as_it_was() -> None:
@@ -227,7 +220,8 @@ def test_half_precision_networks() -> None:
     calibration = calibrate(unet, networks.ddim(), **{**SETTINGS, "steps": 2})
     model = quantize(unet, calibration, Recipe.named("w8a8"))
     x = networks.trajectory("plain")[0].sample
-    expected = networks.network("plain")(x, torch.full((len(x),), 750))
+    with torch.no_grad():
+        expected = networks.network("plain")(x, torch.full((len(x),), 750))
     assert networks.relative(model(x, 750).sample, expected) < 0.07
 
 

@@ -108,7 +108,7 @@ def test_dropout_assertions_and_copies_vanish() -> None:
     x = normal(3, 2, 8, 8)
     net.eval()
     actual = evaluate(captured.graph, captured.constants, x, 700, {})
-    assert torch.equal(actual, expected_of(net, x, 700, {}))
+    assert relative(actual, expected_of(net, x, 700, {})) < 1e-5
     assert "table" in captured.constants  # a timestep table that no state dict holds
 
 

@@ -36,10 +36,10 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, demo_unet: nn.Module) -> P
 
 
 def images(pipe: Any, steps: int, **keywords: Any) -> Tensor:
-    """Two images as a pipeline returns them, in [-1, 1]."""
+    """Eight images as a pipeline returns them, in [-1, 1]."""
     pipe.set_progress_bar_config(disable=True)
-    generator = [torch.Generator().manual_seed(j) for j in range(2)]
-    array = pipe(batch_size=2, generator=generator, num_inference_steps=steps, output_type="np", **keywords).images
+    generator = [torch.Generator().manual_seed(j) for j in range(8)]
+    array = pipe(batch_size=8, generator=generator, num_inference_steps=steps, output_type="np", **keywords).images
     return torch.from_numpy(array).permute(0, 3, 1, 2) * 2 - 1
 
 
@@ -53,10 +53,10 @@ def test_pipelines(kind: str, steps: int, bundled: Path, demo_unet: nn.Module, d
     expected = images(pipe, steps)
     pipe.unet = qe.load(bundled)
     actual = images(pipe, steps)
-    assert actual.shape == (2, 1, 32, 32) and bool(torch.isfinite(actual).all())
+    assert actual.shape == (8, 1, 32, 32) and bool(torch.isfinite(actual).all())
     psnr = image_psnr(actual, expected, pixels=True)
     print(f"{kind}, {steps} steps: {', '.join(f'{p:.1f} dB' for p in psnr)}")
-    assert min(psnr) > 25
+    assert sum(psnr) / len(psnr) > 30
     pipe.to("cpu")
     assert torch.equal(actual, images(pipe, steps))
     if kind == "ddim":

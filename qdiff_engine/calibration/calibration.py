@@ -25,6 +25,7 @@ from ..sampling import (
     initial_noise,
     predict,
     prepared,
+    step_arguments,
 )
 from .checkpoint import Checkpoint, fingerprint
 from .inputs import InputSampler
@@ -75,7 +76,7 @@ def calibration_key(
     """The JSON key that statistics and corrections carry."""
     config = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_") or k == "_class_name"}
     first = conditioning_for(guidance.conditioning, range(samples))
-    without = conditioning_for(guidance.unconditional, range(1)) if guidance.scale is not None else {}
+    without = conditioning_for(guidance.unconditional, range(samples)) if guidance.scale is not None else {}
     return {
         "model_hash": model_hash,
         "scheduler": {"class": type(scheduler).__name__, **{k: _json(v) for k, v in sorted(config.items())}},
@@ -147,6 +148,7 @@ def calibrate(
     shape_ = sample_shape(unet, shape)
     guidance = Guidance(guidance_scale, unconditional, conditioning)
     ready = prepared(scheduler, steps)
+    step_arguments(ready, eta, seed, samples)  # a wrong eta is known before the work
     model = captured(unet, shape_, guidance)
     key = calibration_key(model.model_hash, scheduler, steps, samples, seed, eta, guidance)
     checkpoint = Checkpoint.open(cache_dir, {**key, "shape": list(shape_)}) if cache_dir is not None else None
@@ -180,6 +182,8 @@ def _check_capture(unet: nn.Module, model: Capture, noise: Tensor, scheduler: An
     moved = {k: _moved(v, parameter) for k, v in extra.items()}
     expected = predict(unet, received.to(parameter), timestep.to(parameter.device), moved).float().cpu()
     unet.train(was_training)
+    if not bool(torch.isfinite(expected).all()):
+        raise ValueError("the unet predicts NaN or infinity: its parameters or its conditioning hold them")
     inputs = {"sample": received, "timestep": timestep, **flatten_conditioning(extra)}
     actual = run_float(model.graph, model.constants, inputs)
     tolerance = _CAPTURE_TOLERANCE if parameter.dtype == torch.float32 else 0.05

@@ -22,12 +22,13 @@ _extension: Any = None
 
 
 def available() -> tuple[bool, str]:
-    """Whether the extension can be imported, and why not."""
+    """Whether the extension can be imported, and what it runs on or why not."""
     try:
-        _kernels()
+        kernels = _kernels()
     except ImportError as error:
         return False, f"qdiff_engine._C cannot be imported ({error}); reinstall with a C++17 compiler to build it"
-    return True, ""
+    features = [name for name, present in kernels.cpu_features().items() if present]
+    return True, f"compiled C++ kernels; this processor has {', '.join(features) or 'no vector extension they use'}"
 
 
 def cpu_features() -> dict[str, bool]:
