@@ -1,4 +1,4 @@
-// attention: out[l] = sum_s softmax_s(scale q[l] . k[s]) v[s], for every batch entry and head, float32.
+// attention: out[l] = sum_s softmax_s(scale q[l] . k[s]) v[s], for every batch entry and head, float32 or quantised.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("fp-contract=fast")  // no rounding here is specified bit for bit: multiply-adds may fuse
 #endif
@@ -22,6 +22,8 @@ namespace {
 #endif
 
 constexpr int64_t kLanes = 16, kQueries = 2 * kLanes, kKeys = 128;
+constexpr int64_t kSmallHead = 8;  // the head dimension of diffusers' unconditional UNets
+constexpr float kBound = 64.0f;    // of a score, as a power of two: no sum of exponentials overflows below it
 constexpr int64_t kTaskQueries = 8 * kQueries;  // share one copy of the keys
 
 namespace portable {
@@ -43,21 +45,22 @@ namespace avx512 {
 
 using portable::Scratch;
 
-void attend_head(const AttentionShape& shape, const float* q, const float* k, const float* v, float* out, int64_t first,
-            int64_t queries, const Scratch& s) {
+void attend_head(const AttentionShape& shape, const float* q, const float* k, const float* v,
+                 const AttentionOutput& out, int64_t offset, int64_t first, int64_t queries, const Scratch& s) {
 #ifdef QDIFF_HAS_AVX512
     static const bool fast = __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (fast) {
-        avx512::attend(shape, q, k, v, out, first, queries, {s.queries, s.sums, s.scores, s.keys, s.values});
+        avx512::attend(shape, q, k, v, out, offset, first, queries,
+                       {s.queries, s.sums, s.scores, s.keys, s.values});
         return;
     }
 #endif
-    portable::attend(shape, q, k, v, out, first, queries, s);
+    portable::attend(shape, q, k, v, out, offset, first, queries, s);
 }
 
 }  // namespace
 
-void attention(const float* q, const float* k, const float* v, float* out, const AttentionShape& shape) {
+void attention(const float* q, const float* k, const float* v, const AttentionOutput& out, const AttentionShape& shape) {
     const int64_t parts = ceil_div(shape.queries, kTaskQueries), tasks = shape.batch * shape.heads * parts;
 #pragma omp parallel if (tasks > 1)
     {
@@ -72,7 +75,7 @@ void attention(const float* q, const float* k, const float* v, float* out, const
             const int64_t first = task % parts * kTaskQueries;
             attend_head(shape, q + b * shape.q_stride[0] + h * shape.q_stride[1],
                    k + b * shape.k_stride[0] + h * shape.k_stride[1], v + b * shape.v_stride[0] + h * shape.v_stride[1],
-                   out + (b * shape.queries * shape.heads + h) * shape.dim, first,
+                   out, (b * shape.queries * shape.heads + h) * shape.dim, first,
                    smaller(kTaskQueries, shape.queries - first), scratch);
         }
     }

@@ -16,6 +16,21 @@ QDIFF_INLINE void store(float* x, Lanes v) { std::memcpy(x, &v, sizeof v); }
 
 QDIFF_INLINE Lanes larger_of(Lanes a, Lanes b) { return a > b ? a : b; }
 
+// x[i] = 2^x[i] for x in [-126, 126]: 2^n times a polynomial in the fraction, |fraction| <= 1/2; relative error 1.5e-7.
+template <int count>
+QDIFF_INLINE void exp2_bounded(Lanes x[count]) {
+    Lanes shifted[count], p[count];
+    for (int i = 0; i < count; ++i) shifted[i] = x[i] + 12582912.0f;  // leaves the nearest integer in the low bits
+    for (int i = 0; i < count; ++i) x[i] -= shifted[i] - 12582912.0f;
+    for (int i = 0; i < count; ++i) p[i] = x[i] * 1.327644437e-3f + 9.675537689e-3f;
+    for (int i = 0; i < count; ++i) p[i] = p[i] * x[i] + 5.550713315e-2f;
+    for (int i = 0; i < count; ++i) p[i] = p[i] * x[i] + 2.402211979e-1f;
+    for (int i = 0; i < count; ++i) p[i] = p[i] * x[i] + 6.931469671e-1f;
+    for (int i = 0; i < count; ++i) p[i] = p[i] * x[i] + 1.0f;
+    // p lies in [0.7, 1.5]: n goes straight to its exponent
+    for (int i = 0; i < count; ++i) x[i] = (Lanes)((IntLanes)p[i] + ((IntLanes)shifted[i] << 23));
+}
+
 #ifdef QDIFF_EXP2_AVX512
 // 2^x = 2^floor(x) times a polynomial in the fraction, for x <= 0; relative error 1.5e-7, 0 where 2^x is 0.
 QDIFF_INLINE Lanes exp2_lanes(Lanes x) {
@@ -28,17 +43,10 @@ QDIFF_INLINE Lanes exp2_lanes(Lanes x) {
     return (Lanes)_mm512_scalef_ps((__m512)p, (__m512)x);
 }
 #else
-// 2^x for x in [-126, 0]: 2^n times a polynomial in the fraction, |fraction| <= 1/2; relative error 1.5e-7.
 QDIFF_INLINE Lanes exp2_lanes(Lanes x) {
     x = larger_of(x, Lanes{} - 126.0f);
-    const Lanes shifted = x + 12582912.0f;  // leaves the nearest integer in the low bits
-    const Lanes f = x - (shifted - 12582912.0f);
-    Lanes p = f * 1.327644437e-3f + 9.675537689e-3f;
-    p = p * f + 5.550713315e-2f;
-    p = p * f + 2.402211979e-1f;
-    p = p * f + 6.931469671e-1f;
-    p = p * f + 1.0f;
-    return (Lanes)((IntLanes)p + ((IntLanes)shifted << 23));  // p lies in [0.7, 1.5]: n goes straight to its exponent
+    exp2_bounded<1>(&x);
+    return x;
 }
 #endif
 
@@ -124,40 +132,103 @@ QDIFF_INLINE void gather_rows(const float* x, int64_t stride, int64_t rows, int6
         for (int64_t c = 0; c < dim; ++c) out[row * dim + c] = x[row * stride + c];
 }
 
-QDIFF_INLINE void attend_tile(const AttentionShape& shape, const float* q, float* out, int64_t queries, int64_t dim,
-                              const Scratch& tile) {
+// `count` keys for scores of magnitude at most kBound, whose powers of two neither overflow nor vanish: without a
+// maximum no score waits in memory, and so many keys at once are as many independent chains of multiply-adds.
+template <int dim, int count>
+QDIFF_INLINE void attend_keys(const float* queries, const float* keys, const float* values, Lanes sums[dim],
+                              Lanes& total) {
+    Lanes s[count] = {};
+#pragma GCC unroll 8  // fully, or s would live in memory
+    for (int c = 0; c < dim; ++c) {
+        const Lanes q = load(queries + c * kQueries);
+        for (int j = 0; j < count; ++j) s[j] += q * keys[j * dim + c];
+    }
+    exp2_bounded<count>(s);
+    for (int j = 0; j < count; ++j) total += s[j];
+#pragma GCC unroll 8
+    for (int j = 0; j < count; ++j)
+        for (int c = 0; c < dim; ++c) sums[c] += s[j] * values[j * dim + c];
+}
+
+// All keys of a head of `dim` channels, see attend_keys.
+template <int dim>
+QDIFF_INLINE void attend_bounded(const Scratch& tile, int64_t keys, Lanes totals[2]) {
+    for (int half = 0; half < 2; ++half) {
+        const float* queries = tile.queries + half * kLanes;
+        for (int64_t start = 0; start < keys; start += kKeys) {
+            const int64_t end = smaller(start + kKeys, keys);
+            Lanes sums[dim] = {}, total = {};  // a block's own sum first: long rows lose fewer digits
+            int64_t j = start;
+            for (; j + 4 <= end; j += 4)
+                attend_keys<dim, 4>(queries, tile.keys + j * dim, tile.values + j * dim, sums, total);
+            for (; j < end; ++j)
+                attend_keys<dim, 1>(queries, tile.keys + j * dim, tile.values + j * dim, sums, total);
+            totals[half] += total;
+            for (int c = 0; c < dim; ++c) {
+                float* sum = tile.sums + c * kQueries + half * kLanes;
+                store(sum, load(sum) + sums[c]);
+            }
+        }
+    }
+}
+
+// max over rows of the squared length of x [rows][dim], its elements `stride` and its rows `row_stride` apart.
+QDIFF_INLINE float longest(const float* x, int64_t rows, int64_t row_stride, int64_t dim, int64_t stride) {
+    float most = 0.0f;
+    for (int64_t row = 0; row < rows; ++row) {
+        float length = 0.0f;
+        for (int64_t c = 0; c < dim; ++c) length += x[row * row_stride + c * stride] * x[row * row_stride + c * stride];
+        most = length > most ? length : most;
+    }
+    return most;
+}
+
+QDIFF_INLINE void attend_tile(const AttentionShape& shape, const float* q, const AttentionOutput& out, int64_t offset,
+                              int64_t queries, int64_t dim, const Scratch& tile, float longest_key) {
     for (int64_t c = 0; c < dim; ++c)
         for (int64_t lane = 0; lane < kQueries; ++lane)
             tile.queries[c * kQueries + lane] = lane < queries ? q[lane * shape.q_stride[2] + c] * shape.log2_scale : 0;
     std::memset(tile.sums, 0, dim * kQueries * sizeof(float));
     Lanes maxima[2] = {Lanes{} - 1e30f, Lanes{} - 1e30f}, totals[2] = {};
-    for (int64_t start = 0; start < shape.keys; start += kKeys)
-        attend_block(tile, tile.keys + start * dim, tile.values + start * dim, smaller(kKeys, shape.keys - start), dim,
-                     maxima, totals);
+    if (dim == kSmallHead && longest(tile.queries, kQueries, 1, dim, kQueries) * longest_key <= kBound * kBound) {
+        attend_bounded<kSmallHead>(tile, shape.keys, totals);
+    } else {
+        for (int64_t start = 0; start < shape.keys; start += kKeys)
+            attend_block(tile, tile.keys + start * dim, tile.values + start * dim, smaller(kKeys, shape.keys - start),
+                         dim, maxima, totals);
+    }
     float inverse[kQueries];
     for (int half = 0; half < 2; ++half) store(inverse + half * kLanes, 1.0f / totals[half]);
-    for (int64_t lane = 0; lane < queries; ++lane)
-        for (int64_t c = 0; c < dim; ++c)
-            out[lane * shape.heads * dim + c] = tile.sums[c * kQueries + lane] * inverse[lane];
+    for (int64_t lane = 0; lane < queries; ++lane, offset += shape.heads * dim)
+        for (int64_t c = 0; c < dim; ++c) {
+            const float y = tile.sums[c * kQueries + lane] * inverse[lane];
+            if (out.integers) {
+                out.integers[offset + c] = quantize_value(y, out.quantizer.inverse, out.quantizer);
+            } else {
+                out.floats[offset + c] = y;
+            }
+        }
 }
 
-QDIFF_INLINE void attend_rows(const AttentionShape& shape, const float* q, const float* k, const float* v, float* out,
-                              int64_t first, int64_t queries, int64_t dim, const Scratch& scratch) {
+QDIFF_INLINE void attend_rows(const AttentionShape& shape, const float* q, const float* k, const float* v,
+                              const AttentionOutput& out, int64_t offset, int64_t first, int64_t queries, int64_t dim,
+                              const Scratch& scratch) {
     gather_rows(k, shape.k_stride[2], shape.keys, dim, scratch.keys);
     gather_rows(v, shape.v_stride[2], shape.keys, dim, scratch.values);
+    const float longest_key = dim == kSmallHead ? longest(scratch.keys, shape.keys, dim, dim, 1) : 0.0f;
     for (int64_t row = first; row < first + queries; row += kQueries)
-        attend_tile(shape, q + row * shape.q_stride[2], out + row * shape.heads * dim,
-                    smaller(kQueries, first + queries - row), dim, scratch);
+        attend_tile(shape, q + row * shape.q_stride[2], out, offset + row * shape.heads * dim,
+                    smaller(kQueries, first + queries - row), dim, scratch, longest_key);
 }
 
-// Rows first .. first + queries of one head of one batch entry; the compiler unrolls the common head dimensions.
+// Rows first .. first + queries of one head of one batch entry, whose row 0 starts at `offset`; the compiler unrolls the common head dimensions.
 QDIFF_ATTEND
-void attend(const AttentionShape& shape, const float* q, const float* k, const float* v, float* out, int64_t first,
-            int64_t queries, const Scratch& scratch) {
+void attend(const AttentionShape& shape, const float* q, const float* k, const float* v,
+            const AttentionOutput& out, int64_t offset, int64_t first, int64_t queries, const Scratch& scratch) {
     switch (shape.dim) {
-        case 8: return attend_rows(shape, q, k, v, out, first, queries, 8, scratch);
-        case 32: return attend_rows(shape, q, k, v, out, first, queries, 32, scratch);
-        case 64: return attend_rows(shape, q, k, v, out, first, queries, 64, scratch);
-        default: return attend_rows(shape, q, k, v, out, first, queries, shape.dim, scratch);
+        case kSmallHead: return attend_rows(shape, q, k, v, out, offset, first, queries, kSmallHead, scratch);
+        case 32: return attend_rows(shape, q, k, v, out, offset, first, queries, 32, scratch);
+        case 64: return attend_rows(shape, q, k, v, out, offset, first, queries, 64, scratch);
+        default: return attend_rows(shape, q, k, v, out, offset, first, queries, shape.dim, scratch);
     }
 }

@@ -1,5 +1,9 @@
-// What this processor offers, asked at run time; and the int4 unpacking that needs no operator of its own.
+// What this processor offers, asked at run time; how the C library keeps freed memory; and int4 unpacking.
 #include "kernels.h"
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
@@ -51,6 +55,14 @@ CpuFeatures cpu_features() {
 CpuFeatures cpu_features() { return {}; }
 
 #endif
+
+bool keep_freed_memory() {
+#if defined(__GLIBC__)
+    return mallopt(M_MMAP_MAX, 0) && mallopt(M_TRIM_THRESHOLD, -1);
+#else
+    return false;
+#endif
+}
 
 void unpack_int4(const uint8_t* packed, int8_t* out, int64_t rows, int64_t columns) {
     const int64_t bytes = ceil_div(columns, 2);

@@ -1,5 +1,6 @@
 // groupnorm_silu_quantize: y = (x + pre_add - mean_g) / sqrt(var_g + eps) * weight + bias, y (1 + scale) + shift,
-// SiLU, then q = quantise(y); x may come in two channel segments, and the output may be upsampled and padded.
+// SiLU, then q = quantise(y); x may come in two channel segments, and the output may be upsampled and padded. On the way
+// x itself may be quantised too, for a shortcut that reads it beside the norm.
 #include <cmath>
 #include <vector>
 
@@ -23,7 +24,7 @@ QDIFF_CLONES void accumulate_block(const float* QDIFF_RESTRICT x, int64_t pixels
             const float s = shift[c];
             const float a = x[c] - s, b = x1[c] - s, d = x2[c] - s, e = x3[c] - s;
             sum[c] += (a + b) + (d + e);
-            squares[c] += (a * a + b * b) + (d * d + e * e);
+            squares[c] = multiply_add(a, a, multiply_add(b, b, multiply_add(d, d, multiply_add(e, e, squares[c]))));
         }
     }
     for (; p < pixels; ++p, x += channels) {
@@ -84,6 +85,11 @@ QDIFF_CLONES void normalize_to_integer(const float* x, int64_t pixels, int64_t c
                                        bool silu, uint8_t* out, int64_t stride, const Quantizer& quantizer) {
     if (silu) return normalize_pixels<true>(x, pixels, channels, at, StoreInteger{out, stride, quantizer});
     normalize_pixels<false>(x, pixels, channels, at, StoreInteger{out, stride, quantizer});
+}
+
+QDIFF_CLONES void copy_to_integer(const float* QDIFF_RESTRICT x, int64_t count, uint8_t* QDIFF_RESTRICT out,
+                                  const Quantizer& q) {
+    for (int64_t i = 0; i < count; ++i) out[i] = quantize_value(x[i], q.inverse, q);
 }
 
 // shift[c]: the mean of the sample's first block, close enough to the mean that squares around it do not cancel.
@@ -159,6 +165,8 @@ void write_pixels(const GroupNorm& norm, int64_t n, int64_t first, int64_t count
             normalize_to_integer(segments[i], count, sizes[i], at.from(channel), norm.silu,
                                  reinterpret_cast<uint8_t*>(to) + channel, channels, norm.quantizer);
         }
+        const QuantizedCopy& copy = norm.copies[i];
+        if (copy.out) copy_to_integer(segments[i], count * sizes[i], copy.out + pixel * sizes[i], copy.quantizer);
     }
 }
 

@@ -13,6 +13,12 @@ enum class Activation : int { none = 0, silu = 1, gelu = 2, gelu_tanh = 3, geglu
 void quantize(const float* x, uint8_t* out, int64_t batch, const Placement& place, Activation activation,
               const Quantizer& quantizer);
 
+// A segment of x quantised on its own while it is in the cache anyway; none where out is null.
+struct QuantizedCopy {
+    uint8_t* out;  // [N, H W, c]
+    Quantizer quantizer;
+};
+
 struct GroupNorm {
     const float* x;   // [N, H W, c1]
     const float* x2;  // [N, H W, c2] or null: further channels
@@ -28,6 +34,7 @@ struct GroupNorm {
     float* float_out;      // [N, OH, OW, C], or null:
     uint8_t* integer_out;  // [N, OH, OW, C]
     Quantizer quantizer;
+    QuantizedCopy copies[2];  // of x and of x2
 
     int64_t channels() const { return c1 + c2; }
     int64_t pixels() const { return place.height * place.width; }
@@ -86,12 +93,19 @@ struct CpuFeatures {
 };
 CpuFeatures cpu_features();
 
+// Tells glibc to reuse freed memory instead of handing it back to the kernel; false where there is no glibc.
+bool keep_freed_memory();
+
 struct AttentionShape {
     int64_t batch, heads, queries, keys, dim;
     std::array<int64_t, 3> q_stride, k_stride, v_stride;  // elements per batch entry, head, row; channels are adjacent
     float log2_scale;                                     // scale times log2(e): the softmax works with powers of two
 };
-// out [batch, queries, heads, dim], contiguous
-void attention(const float* q, const float* k, const float* v, float* out, const AttentionShape& shape);
+struct AttentionOutput {  // [batch, queries, heads, dim], contiguous; integers where they are given, else floats
+    float* floats;
+    uint8_t* integers;
+    Quantizer quantizer;
+};
+void attention(const float* q, const float* k, const float* v, const AttentionOutput& out, const AttentionShape& shape);
 
 }  // namespace qdiff

@@ -52,10 +52,13 @@ void bind_quantize(Address x, Address out, int64_t batch, int64_t height, int64_
     quantize(pointer<const float>(x), pointer<uint8_t>(out), batch, place, static_cast<Activation>(activation), q);
 }
 
+using Copy = std::tuple<Address, double, int, int>;  // output or null, scale, zero point, bits
+
 void bind_groupnorm(Address x, Address x2, int64_t batch, int64_t height, int64_t width, int64_t c1, int64_t c2,
                     int64_t groups, double eps, Address pre_add, Address weight, Address bias, Address norm_scale,
                     Address norm_shift, bool silu, Address float_out, Address integer_out, double scale, int zero_point,
-                    int bits, int64_t upsample, const Padding& padding, bool unsigned_storage) {
+                    int bits, int64_t upsample, const Padding& padding, bool unsigned_storage,
+                    const std::array<Copy, 2>& copies) {
     require(batch >= 0 && c1 > 0 && c2 >= 0, "sizes must be positive");
     require(groups > 0 && (c1 + c2) % groups == 0, "groups must divide the channels");
     require((float_out == 0) != (integer_out == 0), "exactly one output is needed");
@@ -78,19 +81,29 @@ void bind_groupnorm(Address x, Address x2, int64_t batch, int64_t height, int64_
     norm.float_out = pointer<float>(float_out);
     norm.integer_out = pointer<uint8_t>(integer_out);
     norm.quantizer = quantizer(scale, 0, zero_point, bits, unsigned_storage);
+    for (int i = 0; i < 2; ++i) {
+        const auto& [to, copy_scale, copy_zero_point, copy_bits] = copies[i];
+        require(to == 0 || i == 0 || c2 > 0, "a copy of x2 needs x2");
+        if (to)
+            norm.copies[i] = {pointer<uint8_t>(to), quantizer(copy_scale, 0, copy_zero_point, copy_bits, unsigned_storage)};
+    }
     py::gil_scoped_release release;
     groupnorm_silu_quantize(norm);
 }
 
 using Strides = std::array<int64_t, 3>;
 
-void bind_attention(Address q, Address k, Address v, Address out, int64_t batch, int64_t heads, int64_t queries,
+void bind_attention(Address q, Address k, Address v, Address float_out, const Copy& integers, int64_t batch, int64_t heads, int64_t queries,
                     int64_t keys, int64_t dim, const Strides& q_stride, const Strides& k_stride,
-                    const Strides& v_stride, double scale) {
+                    const Strides& v_stride, double scale, bool unsigned_storage) {
     require(batch > 0 && heads > 0 && queries > 0 && keys > 0 && dim > 0, "sizes must be positive");
     const float log2_scale = static_cast<float>(scale * 1.4426950408889634);
+    const auto& [integer_out, out_scale, zero_point, bits] = integers;
+    require((float_out == 0) != (integer_out == 0), "exactly one output is needed");
+    const AttentionOutput out = {pointer<float>(float_out), pointer<uint8_t>(integer_out),
+                                 quantizer(out_scale, 0, zero_point, bits, unsigned_storage)};
     py::gil_scoped_release release;
-    attention(pointer<const float>(q), pointer<const float>(k), pointer<const float>(v), pointer<float>(out),
+    attention(pointer<const float>(q), pointer<const float>(k), pointer<const float>(v), out,
               {batch, heads, queries, keys, dim, q_stride, k_stride, v_stride, log2_scale});
 }
 
@@ -213,6 +226,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("min_max", bind_min_max);
     m.def("unpack_int4", bind_unpack_int4);
     m.def("cpu_features", bind_cpu_features);
+    m.def("keep_freed_memory", keep_freed_memory);
     m.def("max_threads", max_threads);
 #ifdef _OPENMP
     m.attr("openmp") = true;

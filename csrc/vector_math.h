@@ -28,6 +28,23 @@ QDIFF_INLINE float exp_bounded(float x) {
 QDIFF_INLINE float at_least(float x, float bound) { return x > bound ? x : bound; }
 QDIFF_INLINE float at_most(float x, float bound) { return x < bound ? x : bound; }
 
+// 2^x = 2^n 2^f, n = rint(x), |f| <= 1/2, for x in [-126, 126].
+QDIFF_INLINE float exp2_bounded(float x) {
+    const float shifted = x + 12582912.0f;
+    const float f = x - (shifted - 12582912.0f);
+    float p = multiply_add(f, 1.327644437e-3f, 9.675537689e-3f);
+    p = multiply_add(p, f, 5.550713315e-2f);
+    p = multiply_add(p, f, 2.402211979e-1f);
+    p = multiply_add(p, f, 6.931469671e-1f);
+    p = multiply_add(p, f, 1.0f);
+    int32_t exponent, bits;
+    std::memcpy(&exponent, &shifted, sizeof exponent);
+    std::memcpy(&bits, &p, sizeof bits);
+    bits += exponent << 23;  // p lies in [0.7, 1.5]: n goes straight to its exponent
+    std::memcpy(&p, &bits, sizeof p);
+    return p;
+}
+
 // erf(x): an odd polynomial below 0.93, 1 - exp(polynomial) above.
 QDIFF_INLINE float erf_float(float x) {
     const float t = at_most(x < 0.0f ? -x : x, 4.0f);  // erf(4) is 1 in float32
@@ -49,10 +66,11 @@ QDIFF_INLINE float erf_float(float x) {
     return x < 0.0f ? -magnitude : magnitude;
 }
 
-// Below -87 the quotient is 0 in effect; the bound keeps huge values from dividing by a saturated exponential.
+// x / (1 + 2^t), t = -x log2(e): rounding t moves the quotient by less than 1e-7 max(1, |x|). Below -87 the quotient is 0
+// in effect; the bound keeps huge values from dividing by a saturated exponential.
 QDIFF_INLINE float silu_float(float x) {
     x = at_least(x, -87.0f);
-    return x / (1.0f + exp_bounded(at_least(-x, -87.0f)));
+    return x / (1.0f + exp2_bounded(at_least(x * -1.44269504f, -126.0f)));
 }
 
 // x (1 + erf(x / sqrt(2))) / 2

@@ -192,6 +192,23 @@ def test_time_embedding_stays_where_others_read_the_sum() -> None:
     assert layer(lower_for_cpu(graph), "conv").kwargs["temb"] and layer(graph, "second").kwargs["residual"]
 
 
+def test_a_norm_quantises_what_a_shortcut_reads_beside_it() -> None:
+    graph, _ = fused(Net(lambda n, h, t: n.conv(F.silu(n.norm(h))) + n.second(h), second=nn.Conv2d(8, 8, 1)))
+    lowered = lower_for_cpu(graph)
+    norm, copy = source(lowered, "conv"), source(lowered, "second")
+    assert copy.op == "quantized_copy" and norm.kwargs["copies"] == {0: copy.name}
+    assert source(graph, "second").op == "quantize", "the graph itself stays as it was"
+
+
+def test_a_shortcut_that_comes_before_the_norm_quantises_for_itself() -> None:
+    net = Net(lambda n, h, t: n.conv(F.silu(n.norm(h * n.second(h).mean()))) + n.second(h), second=nn.Conv2d(8, 8, 1))
+    early = Net(lambda n, h, t: n.conv(F.silu(n.norm(n.second(h)))) + h, second=nn.Conv2d(8, 8, 1))
+    for module in (net, early):
+        lowered = lower_for_cpu(fused(module)[0])
+        assert source(lowered, "second").op == "quantize"
+        assert source(lowered, "conv").kwargs["copies"] == {}
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 def test_residual_joins_the_convolution(swapped: bool) -> None:
     graph, _ = fused(Net(lambda n, h, t: h + n.conv(h) if swapped else n.conv(h) + h))

@@ -129,6 +129,12 @@ def test_int_gemm_epilogue(backend: str, shape: tuple[int, ...], bits: int) -> N
             assert_close(y, expected)
         assert y.shape == expected.shape
     assert torch.equal(residual, kept)
+    given = residual.clone()
+    y = ops.int_gemm(q, packed, 0.037, 3, bias, residual=given, reuse_residual=True, backend=backend)
+    expected = reference.int_gemm(q, weight, weight_scale, 0.037, 3, bias, residual=residual)
+    assert y.shape == expected.shape
+    if expected.numel():
+        assert_close(y, expected)
 
 
 def test_int_gemm_reads_a_strided_activation(backend: str) -> None:
@@ -409,6 +415,39 @@ def test_groupnorm_of_a_skip_concatenation_with_all_its_terms(
         result = ops.groupnorm_silu_quantize(*arguments, **options, backend=quantizer)
         (assert_steps if scale else assert_close)(result, expected)
         assert result.is_contiguous(memory_format=CHANNELS_LAST)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("size, padding", [((5, 6), NONE), ((5, 6), (1, 1, 1, 1)), ((16, 20), NONE)])
+def test_groupnorm_quantises_its_inputs_too(quantizer: str, size: tuple[int, int], padding: Any, storage: Any) -> None:
+    x, x2 = torch.randn(3, 17, *size), torch.randn(3, 16, *size) * 4 + 1
+    outputs = [torch.empty(part.shape, dtype=storage).contiguous(memory_format=CHANNELS_LAST) for part in (x, x2)]
+    copies = [ops.QuantizedCopy(outputs[0], 0.05, -3, 8), ops.QuantizedCopy(outputs[1], 0.9, 2, 4)]
+    options: dict[str, Any] = {"x2": x2, "padding": padding, "storage": storage, "backend": quantizer}
+    arguments = (x, 3, None, None, 1e-6, 0.03, 7, 8)
+    q = ops.groupnorm_silu_quantize(*arguments, **options, copies=copies)
+    assert torch.equal(q, ops.groupnorm_silu_quantize(*arguments, **options))
+    for part, copy in zip((x, x2), copies, strict=True):
+        expected = numerics.quantize(part, copy.scale, copy.zero_point, copy.bits)
+        assert torch.equal(numerics.signed(copy.out), expected)
+    alone = ops.QuantizedCopy(torch.zeros_like(outputs[1]), 0.9, 2, 4)
+    ops.groupnorm_silu_quantize(*arguments, **options, copies=[None, alone])
+    assert torch.equal(alone.out, outputs[1])
+
+
+def test_groupnorm_refuses_copies_that_do_not_fit(quantizer: str) -> None:
+    x = torch.randn(2, 8, 4, 4)
+    out = torch.empty(2, 8, 4, 4, dtype=torch.int8).contiguous(memory_format=CHANNELS_LAST)
+    good = ops.QuantizedCopy(out, 0.1, 0, 8)
+    for copies, message in [
+        ([good, good], "copies must have an entry"),
+        ([good._replace(out=out[:1])], "copies must be torch.int8"),
+        ([good._replace(out=out.view(torch.uint8))], "copies must be torch.int8"),
+        ([good._replace(scale=0.0)], "scale must be positive"),
+        ([good._replace(bits=4, zero_point=9)], "zero_point must"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ops.groupnorm_silu_quantize(x, 2, None, None, 1e-5, 0.3, 0, 8, copies=copies, backend=quantizer)
 
 
 def test_groupnorm_without_affine(quantizer: str) -> None:

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .operands import ConvWeight, GemmWeight, Segment, pack_conv2d, pack_gemm
+from .operands import ConvWeight, GemmWeight, QuantizedCopy, Segment, pack_conv2d, pack_gemm
 
 __all__ = [
     "BackendError",
     "ConvWeight",
     "GemmWeight",
+    "QuantizedCopy",
     "Segment",
     "backends",
     "chosen",
@@ -199,6 +200,7 @@ def groupnorm_silu_quantize(
     norm_shift: Tensor | None = None,
     upsample: int = 1,
     padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    copies: Sequence[QuantizedCopy | None] = (),
     storage: torch.dtype = torch.int8,
     backend: str | None = None,
 ) -> Tensor:
@@ -212,6 +214,7 @@ def groupnorm_silu_quantize(
         x2: channels that follow those of ``x``.
         pre_add, norm_scale, norm_shift: float32 [N, C].
         upsample, padding, storage: as for `quantize`.
+        copies: outputs for x and x2 quantised on their own as well, for a shortcut that reads them; 4-D only.
 
     Returns:
         [N, C, *spatial] with the channels innermost in memory.
@@ -233,6 +236,7 @@ def groupnorm_silu_quantize(
         norm_shift=norm_shift,
         upsample=upsample,
         padding=padding,
+        copies=copies,
         storage=storage,
     )
 
@@ -268,6 +272,7 @@ def int_gemm(
     bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
+    reuse_residual: bool = False,
     output_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -279,13 +284,23 @@ def int_gemm(
         scale, zero_point: of the activation; None in mode A16.
         bias: float32 [N].
         residual: float32 [..., N].
+        reuse_residual: the residual's memory may be overwritten (and become the result).
         output_scale: float32 [N], o: multiplies the weight scale, not the bias.
 
     Returns:
         float32 [..., N].
     """
     run = resolve("int_gemm", q.device, backend)
-    return run(q, weight, scale, zero_point, bias, residual=residual, output_scale=output_scale)
+    return run(
+        q,
+        weight,
+        scale,
+        zero_point,
+        bias,
+        residual=residual,
+        reuse_residual=reuse_residual,
+        output_scale=output_scale,
+    )
 
 
 def int_conv2d(

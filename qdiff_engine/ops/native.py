@@ -6,7 +6,9 @@ kernel. The extension is imported on first use, after torch, whose OpenMP thread
 
 from __future__ import annotations
 
+import functools
 import importlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +17,9 @@ import torch
 from torch import Tensor
 
 from qdiff_engine import numerics
+
+from . import operands
+from .operands import QuantizedCopy
 
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "geglu")  # the order of Activation in csrc/kernels.h
 _NO_PADDING = (0, 0, 0, 0)
@@ -34,6 +39,22 @@ def available() -> tuple[bool, str]:
 def cpu_features() -> dict[str, bool]:
     """Instruction sets this processor offers: avx2, avx512, avx512_vnni, amx_int8, dotprod."""
     return _kernels().cpu_features()
+
+
+_MALLOC_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Makes the C library of this process reuse freed memory, and says whether it does.
+
+    Otherwise glibc returns every activation of some megabytes to the kernel, and the next layer's result is paged in
+    again: 5,000 page faults per call of a CIFAR-10 UNet at batch 8, up to a third of its time. Left alone where an
+    environment variable already says what malloc shall do.
+    """
+    if any(name in os.environ for name in _MALLOC_SETTINGS) or not available()[0]:
+        return False
+    return _kernels().keep_freed_memory()
 
 
 def _kernels() -> Any:
@@ -186,6 +207,7 @@ def groupnorm_silu_quantize(
     norm_shift: Tensor | None = None,
     upsample: int = 1,
     padding: Sequence[int] = _NO_PADDING,
+    copies: Sequence[QuantizedCopy | None] = (),
     storage: torch.dtype = torch.int8,
 ) -> Tensor:
     """q = quantise(silu(((h - mean_g) / sqrt(var_g + eps) * weight + bias) * (1 + norm_scale) + norm_shift)),
@@ -198,6 +220,7 @@ def groupnorm_silu_quantize(
         scale: activation scale, or None for the float32 value before quantisation (padding is 0 then).
         pre_add, norm_scale, norm_shift: float32 [N, C] or None.
         upsample, padding, storage: as in `quantize`.
+        copies: outputs for x and x2 quantised on their own as well; 4-D only.
 
     Returns:
         [N, C, *spatial'] with the channels innermost in memory.
@@ -218,6 +241,8 @@ def groupnorm_silu_quantize(
     norm_scale = _floats("norm_scale", norm_scale, (batch, channels))
     norm_shift = _floats("norm_shift", norm_shift, (batch, channels))
 
+    operands.check_copies([part for part in (x, x2) if part is not None], copies, storage)
+
     x = _channels_last(x)
     x2 = None if x2 is None or c2 == 0 else _channels_last(x2)
     spatial = list(x.shape[2:])
@@ -231,9 +256,15 @@ def groupnorm_silu_quantize(
             x.data_ptr(), _address(x2), batch, height, width, c1, c2, groups, eps, _address(pre_add),
             _address(weight), _address(bias), _address(norm_scale), _address(norm_shift), silu,
             address if scale is None else 0, 0 if scale is None else address, 1.0 if scale is None else scale,
-            zero_point, bits, upsample, padding, storage == torch.uint8,
+            zero_point, bits, upsample, padding, storage == torch.uint8, [_copy(copies, 0), _copy(copies, 1)],
         )  # fmt: skip
     return out
+
+
+def _copy(copies: Sequence[QuantizedCopy | None], index: int) -> tuple[int, float, int, int]:
+    """(address, scale, zero point, bits) of one of ``copies``; address 0 for none."""
+    copy = copies[index] if index < len(copies) else None
+    return (0, 1.0, 0, 8) if copy is None else (copy.out.data_ptr(), copy.scale, copy.zero_point, copy.bits)
 
 
 def layernorm_quantize(
@@ -271,12 +302,22 @@ def layernorm_quantize(
     return out
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """y[b, h, l] = sum_s softmax_s(scale q[b, h, l] . k[b, h, s]) v[b, h, s], in float32.
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    *,
+    output: tuple[float, int, int] | None = None,
+    storage: torch.dtype = torch.int8,
+) -> Tensor:
+    """y[b, h, l] = sum_s softmax_s(scale q[b, h, l] . k[b, h, s]) v[b, h, s], in float32 or quantised.
 
     Args:
         q: float32 [B, H, L, D]; k, v: float32 [B, H, S, D]; any strides, adjacent channels are fastest.
         scale: 1 / sqrt(D) by default.
+        output: (scale, zero point, bits) of the quantised result, or None for float32.
+        storage: as in `quantize`.
 
     Returns:
         [B, H, L, D], a view of memory laid out [B, L, H, D]: the heads of a token are adjacent.
@@ -289,10 +330,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     if tuple(k.shape) != expected or tuple(v.shape) != expected or 0 in (*q.shape, k.shape[2]):
         raise ValueError(f"k and v must be [{batch}, {heads}, S, {dim}], got {list(k.shape)} and {list(v.shape)}")
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    out = torch.empty(batch, queries, heads, dim)
+    _check_quantizer(*(output or (1.0, 0, 8)), storage)
+    out = torch.empty(batch, queries, heads, dim, dtype=torch.float32 if output is None else storage)
+    address = out.data_ptr()
     _kernels().attention(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), batch, heads, queries, k.shape[2], dim,
-        q.stride()[:3], k.stride()[:3], v.stride()[:3], dim**-0.5 if scale is None else scale,
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), address if output is None else 0,
+        (0, 1.0, 0, 8) if output is None else (address, *output), batch, heads, queries, k.shape[2], dim,
+        q.stride()[:3], k.stride()[:3], v.stride()[:3], dim**-0.5 if scale is None else scale, storage == torch.uint8,
     )  # fmt: skip
     return out.transpose(1, 2)
 

@@ -23,6 +23,7 @@ def int_gemm(
     bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
+    reuse_residual: bool = False,
     output_scale: Tensor | None = None,
 ) -> Tensor:
     """y[m, n] = s s_w[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n]; see `ops.int_gemm`."""

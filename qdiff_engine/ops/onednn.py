@@ -67,6 +67,7 @@ def int_gemm(
     bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
+    reuse_residual: bool = False,
     output_scale: Tensor | None = None,
 ) -> Tensor:
     """y[m, n] = s s_w[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n]; see `ops.int_gemm`."""
@@ -83,6 +84,9 @@ def int_gemm(
     linear = torch.ops.onednn.qlinear_pointwise
     if residual is None:
         return linear.default(*activation, *matrix, bias, 1.0, 0, torch.float32, *_NO_UNARY)
+    if reuse_residual and residual.is_contiguous():
+        linear.binary(*activation, *matrix, residual, bias, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, *_NO_UNARY)
+        return residual
     return linear.binary(
         *activation, *matrix, residual.contiguous(), bias, 1.0, 0, torch.float32, 1.0, 0, "add", 1.0, *_NO_UNARY
     )

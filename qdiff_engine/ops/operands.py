@@ -62,6 +62,15 @@ class Segment(NamedTuple):
     bits: int = 8
 
 
+class QuantizedCopy(NamedTuple):
+    """An input quantised on its own: out = clamp(round_half_even(x / scale) + zero_point, lo, hi), ``bits`` wide."""
+
+    out: Tensor  # [N, C, H, W] channels_last; int8 holds q, uint8 holds q + 128
+    scale: float
+    zero_point: int
+    bits: int
+
+
 def recent(cache: dict[Hashable, _T], key: Hashable, make: Callable[[], _T], limit: int = 2) -> _T:
     """``cache[key]``, made on first use; the ``limit`` most recently used entries stay."""
     value = cache.pop(key) if key in cache else make()
@@ -191,6 +200,21 @@ def _check_activation(q: Tensor, scale: float | None, zero_point: int | None) ->
 def _check_float(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
     if tensor is not None and (tensor.dtype != torch.float32 or tuple(tensor.shape) != tuple(shape)):
         raise ValueError(f"{name} must be float32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+
+
+def check_copies(inputs: Sequence[Tensor], copies: Sequence[QuantizedCopy | None], storage: torch.dtype) -> None:
+    """Raise ValueError where ``copies`` does not name one output, or None, for each of the first ``inputs``."""
+    if len(copies) > len(inputs):
+        raise ValueError(f"copies must have an entry for x and one for x2 if given, got {len(copies)}")
+    for x, copy in zip(inputs, copies, strict=False):
+        if copy is None:
+            continue
+        check_quantize(x, copy.scale, copy.zero_point, copy.bits, 1, (0, 0, 0, 0), storage)
+        placed = copy.out.shape == x.shape and copy.out.is_contiguous(memory_format=torch.channels_last)
+        if not placed or copy.out.dtype != storage:
+            raise ValueError(
+                f"copies must be {storage} {list(x.shape)} channels_last, got {copy.out.dtype} {list(copy.out.shape)}"
+            )
 
 
 def check_quantize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import numerics
 from . import operands
-from .operands import ConvWeight, GemmWeight, Segment
+from .operands import ConvWeight, GemmWeight, QuantizedCopy, Segment
 
 # float32 holds every integer up to 2^24, so any order of adding this many products of 8-bit integers is exact.
 # 8-bit integers are exact in bfloat16 and TF32 too, so torch's matmul precision settings change nothing.
@@ -72,6 +72,7 @@ def groupnorm_silu_quantize(
     norm_shift: Tensor | None = None,
     upsample: int = 1,
     padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    copies: Sequence[QuantizedCopy | None] = (),
     storage: torch.dtype = torch.int8,
 ) -> Tensor:
     """q = quantize(silu(group_norm(cat(x, x2) + pre_add) * (1 + norm_scale) + norm_shift)).
@@ -79,6 +80,11 @@ def groupnorm_silu_quantize(
     See `ops.groupnorm_silu_quantize`.
     """
     operands.check_quantize(x, scale, zero_point, bits, upsample, padding, storage)
+    inputs = [part for part in (x, x2) if part is not None]
+    operands.check_copies(inputs, copies, storage)
+    for part, copy in zip(inputs, copies, strict=False):
+        if copy is not None:
+            copy.out.copy_(quantize(part, copy.scale, copy.zero_point, copy.bits, storage=storage))
     x = (x if x2 is None else torch.cat((x, x2), dim=1)).float()
     if x.shape[1] % groups:
         raise ValueError(f"groups must divide the {x.shape[1]} channels, got {groups}")
@@ -114,9 +120,21 @@ def layernorm_quantize(
     return y if scale is None else numerics.stored(numerics.quantize(y, scale, zero_point, bits), storage)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    *,
+    output: tuple[float, int, int] | None = None,
+    storage: torch.dtype = torch.int8,
+) -> Tensor:
     """y[b, h, l] = sum_s softmax_s(scale q[b, h, l] . k[b, h, s]) v[b, h, s]; q, k, v [B, H, L or S, D]."""
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    y = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if output is None:
+        return y
+    q = numerics.stored(numerics.quantize(y.float(), *output), storage)
+    return q.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def int_gemm(
@@ -127,6 +145,7 @@ def int_gemm(
     bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
+    reuse_residual: bool = False,
     output_scale: Tensor | None = None,
 ) -> Tensor:
     """y[m, n] = s s_w[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n]; see `ops.int_gemm`."""
@@ -156,30 +175,29 @@ def int_conv2d(
 ) -> Tensor:
     """y = sum over segments of s s_w (acc - z wsum[class]) + bias + temb + residual; see `ops.int_conv2d`."""
     operands.check_conv2d(segments, bias, temb, residual, output_scale)
-    y = _convolve(segments[0], output_scale)
+    y = _convolve(segments[0], bias, output_scale)
     for segment in segments[1:]:
-        y += _convolve(segment, output_scale)
-    if bias is not None:
-        y += bias[:, None, None]
+        y += _convolve(segment, None, output_scale)
     if temb is not None:
         y += temb[:, :, None, None]
     return y if residual is None else y.add_(residual)
 
 
-def _convolve(segment: Segment, output_scale: Tensor | None) -> Tensor:
-    """y[n, o, i, j] = s s_w[o] (acc - z wsum) of one segment, float32 channels_last."""
+def _convolve(segment: Segment, bias: Tensor | None, output_scale: Tensor | None) -> Tensor:
+    """y[n, o, i, j] = s s_w[o] (acc - z wsum) + bias[o] of one segment, float32 channels_last."""
     q, weight, scale, zero_point, _ = segment
     weight_scale = weight.scale if output_scale is None else weight.scale * output_scale
     if q.is_floating_point():
         x = place(q.float(), 1, weight.padding, 0.0)
         dequantized = weight.values.float() * weight_scale[:, None, None, None]
-        y = F.conv2d(x, dequantized, None, weight.stride, 0, weight.dilation, weight.groups)
+        y = F.conv2d(x, dequantized, bias, weight.stride, 0, weight.dilation, weight.groups)
         return y.contiguous(memory_format=torch.channels_last)
     assert scale is not None and zero_point is not None
     # with the padding written out as z, every output sees all its taps and wsum is one number per channel
     x = place(numerics.signed(q), 1, weight.padding, zero_point)
     acc = _exact_sum(_taps(channels_innermost(x), weight)).transpose(0, 1).flatten(1)
     y = acc.sub_(weight.sums, alpha=zero_point).float().mul_(weight_scale * scale)
+    y = y if bias is None else y.add_(bias)
     return channels_second(y.reshape(len(q), *weight.output_size(*q.shape[2:]), len(weight.values)).contiguous())
 
 

@@ -7,7 +7,7 @@ constants of the calibrated row that serves the timestep. Slots are emptied afte
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,14 @@ from torch import Tensor
 from .. import ops
 from ..graph.interpret import activate
 from ..graph.ir import Const, Graph, Node, Ref, map_leaves
-from ..graph.operators import FLOAT_OPS, INTEGER_OPS
+from ..graph.operators import FLOAT_OPS, INTEGER_OPS, LAYOUT_OPS
+from ..ops import native
 from ..tables import Table
 from ..weights import QuantizedWeight
 from .lowering import lower_for_cpu
 
 Values = list[Any]
+_FRESH_OPS = frozenset({"int_gemm", "int_conv2d", "groupnorm_silu_quantize", "layernorm_quantize"})
 _CACHED_TIMESTEPS = 256
 _CACHED_BYTES = 16 << 20  # of timestep-only values kept between calls
 
@@ -63,6 +65,7 @@ class Program:
         device: torch.device,
         backend: str | None = None,
     ) -> None:
+        native.keep_freed_memory()
         lowered = lower_for_cpu(graph)
         self.rows = make_rows(table)
         self.inputs = tuple(lowered.inputs)
@@ -189,12 +192,17 @@ class _Compiler:
         return last if last.kwargs["temb"] is None and last.kwargs["residual"] is None else None
 
     def _alias_use(self) -> dict[str, int]:
-        """Last reader of each value or of anything that may share its memory (any floating-point operator's result)."""
+        """Last reader of each value or of anything that may share its memory.
+
+        That is any floating-point operator's result, and in mode A16 what a quantiser passes on.
+        """
         use = dict(self.last_use)
         for node in reversed(self.graph.nodes):
-            if node.op not in INTEGER_OPS:
-                for name in node.refs():
-                    use[name] = max(use.get(name, -1), use.get(node.name, -1))
+            sharing = [(name, node.name) for name in node.refs()] if node.op not in _FRESH_OPS else []
+            if node.op == "groupnorm_silu_quantize":
+                sharing = [(node.args[i].name, copy) for i, copy in node.kwargs["copies"].items()]
+            for name, other in sharing:
+                use[name] = max(use.get(name, -1), use.get(other, -1))
         return use
 
     def section(self, name: str) -> list[Instruction]:
@@ -203,7 +211,8 @@ class _Compiler:
         for i, node in enumerate(self.graph.nodes):
             if node.section != name:
                 continue
-            instructions.append(self.instruction(i, node))
+            if node.op != "quantized_copy":  # a GroupNorm wrote it
+                instructions.append(self.instruction(i, node))
             dead = [
                 self.slots[value]
                 for value in dict.fromkeys(node.refs())
@@ -225,22 +234,13 @@ class _Compiler:
         return sorted(kept)
 
     def instruction(self, index: int, node: Node) -> Instruction:
-        if node.op == "int_conv2d":
-            return self.int_conv2d(index, node)
+        if node.op in ("int_gemm", "int_conv2d"):
+            return getattr(self, node.op)(index, node)
         if node.op in INTEGER_OPS:
             return getattr(self, node.op)(node)
-        if node.op == "scaled_dot_product_attention" and self._fits_attention(node):
-            return self.floating(node, ops.resolve("attention", self.device))
+        if node.op == "attention":
+            return self.attention(node)
         return self.floating(node, FLOAT_OPS[node.op])
-
-    def _fits_attention(self, node: Node) -> bool:
-        """Whether `ops.attention` computes this node: q, k and v [B, H, L, D] alike, without a mask or a flag."""
-        shapes = {**self.graph.inputs, **{other.name: other.shape for other in self.graph.nodes}}
-        operands = [shapes[value.name] for value in node.args if isinstance(value, Ref)]
-        if len(node.args) != 3 or len(operands) != 3 or not set(node.kwargs) <= {"scale"}:
-            return False
-        alike = len({(*shape[:2], shape[-1]) for shape in operands}) == 1 and operands[1] == operands[2]
-        return alike and len(operands[0]) == len(operands[1]) == 4
 
     def value(self, argument: Any) -> Callable[[Values], Any]:
         """Reader of an optional Ref or Const argument."""
@@ -302,6 +302,7 @@ class _Compiler:
         second = self.value(node.args[1] if len(node.args) > 1 else None)
         pre_add, scale_by, shift_by = (self.value(k[name]) for name in ("pre_add", "norm_scale", "norm_shift"))
         groups, eps, silu, upsample, padding = k["groups"], k["eps"], k["silu"], k["upsample"], k["padding"]
+        quantize_inputs = self._copies(node)
 
         def run(values: Values, row: Row) -> None:
             scale, zero_point, bits = row.sites[column]
@@ -322,11 +323,38 @@ class _Compiler:
                 norm_shift=shift_by(values),
                 upsample=1 if floating else upsample,
                 padding=(0, 0, 0, 0) if floating else padding,
+                copies=quantize_inputs(values, row),
                 storage=storage,
             )
             values[out] = _placed(result, upsample, padding) if floating else result
 
         return run
+
+    def _copies(self, norm: Node) -> Callable[[Values, Row], Sequence[ops.QuantizedCopy | None]]:
+        """Allocates what a GroupNorm writes beside its own result: its arguments, quantised for other layers."""
+        wanted = [norm.kwargs["copies"].get(i) for i in range(len(norm.args))]
+        if not any(wanted):
+            return lambda values, row: ()
+        storage, plan = self.storage, []
+        for ref, name in zip(norm.args, wanted, strict=True):
+            column = self.columns[self.graph.node(name).kwargs["site"]] if name else -1
+            plan.append((self.slots[ref.name], self.slots.get(name, -1), column))
+
+        def allocate(values: Values, row: Row) -> list[ops.QuantizedCopy | None]:
+            copies: list[ops.QuantizedCopy | None] = []
+            for read, out, column in plan:
+                scale, zero_point, bits = row.sites[column] if out >= 0 else (1.0, 0, 16)
+                if bits == 16:
+                    copies.append(None)
+                    if out >= 0:
+                        values[out] = values[read]
+                else:
+                    q = torch.empty(values[read].shape, dtype=storage, memory_format=torch.channels_last)
+                    values[out] = q
+                    copies.append(ops.QuantizedCopy(q, scale, zero_point, bits))
+            return copies
+
+        return allocate
 
     def layernorm_quantize(self, node: Node) -> Instruction:
         kernel, storage, eps = self.kernels["layernorm_quantize"], self.storage, node.kwargs["eps"]
@@ -339,6 +367,18 @@ class _Compiler:
                 values[out] = kernel(values[read], weight, bias, eps, None, 0, 8, storage=storage)
             else:
                 values[out] = kernel(values[read], weight, bias, eps, scale, zero_point, bits, storage=storage)
+
+        return run
+
+    def attention(self, node: Node) -> Instruction:
+        kernel, storage = ops.resolve("attention", self.device), self.storage
+        q, k, v = (self.slots[ref.name] for ref in node.args)
+        out, scale, site = self.slots[node.name], node.kwargs["scale"], node.kwargs.get("site")
+        column = None if site is None else self.columns[site]
+
+        def run(values: Values, row: Row) -> None:
+            quantization = None if column is None or row.sites[column][2] == 16 else row.sites[column]
+            values[out] = kernel(values[q], values[k], values[v], scale, output=quantization, storage=storage)
 
         return run
 
@@ -355,16 +395,17 @@ class _Compiler:
 
         return corrected
 
-    def int_gemm(self, node: Node) -> Instruction:
+    def int_gemm(self, index: int, node: Node) -> Instruction:
         kernel, out, read = self.kernels["int_gemm"], self.slots[node.name], self.slots[node.args[0].name]
         column = self.columns[self.quantizers[node.args[0].name].kwargs["site"]]
         weight, bias = self._gemm_constants(node.kwargs["layer"], node.kwargs["bias"])
         residual = self.value(node.kwargs["residual"])
+        reuse = self._residual_dies(index, node.kwargs["residual"])
 
         def run(values: Values, row: Row) -> None:
             scale, zero_point, bits = row.sites[column]
             affine = (None, None) if bits == 16 else (scale, zero_point)
-            values[out] = kernel(values[read], weight, *affine, bias, residual=residual(values))
+            values[out] = kernel(values[read], weight, *affine, bias, residual=residual(values), reuse_residual=reuse)
 
         return run
 
@@ -413,8 +454,11 @@ class _Compiler:
         if not isinstance(residual, Ref) or residual.name in self.graph.inputs:
             return False
         producer = self.graph.node(residual.name)
+        while producer.op in LAYOUT_OPS and producer.args[0].name not in self.graph.inputs:
+            producer = self.graph.node(producer.args[0].name)
         fresh = producer.op in ("int_conv2d", "int_gemm") and producer.section == "main"
-        return fresh and self.alias_use[residual.name] == index and residual.name != self.graph.output
+        kept = self.graph.output in (producer.name, residual.name)
+        return fresh and not kept and self.alias_use[producer.name] == index
 
 
 def _linear_by_sample(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

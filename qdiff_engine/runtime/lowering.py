@@ -1,7 +1,8 @@
 """Rearrangements that suit a machine without changing a value: what the CPU's convolutions cannot fuse, others do.
 
 oneDNN's integer convolution adds no per-sample bias, and pays for zero points where it pads. So the time embedding
-moves into the GroupNorm that reads the convolution, and upsampling and padding into the quantiser that feeds it.
+moves into the GroupNorm that reads the convolution, and upsampling and padding into the quantiser that feeds it. What a
+shortcut reads beside a GroupNorm is quantised by that GroupNorm, which has it in the cache.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 
 from ..graph.ir import Graph, Node, Ref
+from ..graph.operators import LAYOUT_OPS
 from ..graph.rewrite import Rewriter
 
 _PLACING = ("quantize", "groupnorm_silu_quantize")
@@ -22,10 +24,12 @@ def lower_for_cpu(graph: Graph) -> Graph:
         if node.op in _PLACING:
             node.kwargs |= {"upsample": 1, "padding": (0, 0, 0, 0)}
         if node.op == "groupnorm_silu_quantize":
-            node.kwargs["pre_add"] = None
+            node.kwargs |= {"pre_add": None, "copies": {}}
     _merge_products(lowered)
     _embeddings_to_norms(lowered)
     _placement_to_quantizers(lowered)
+    _copies_to_norms(lowered)
+    _attention_to_kernel(lowered)
     return lowered
 
 
@@ -77,3 +81,56 @@ def _placement_to_quantizers(graph: Graph) -> None:
                 assert source is not None
                 source.kwargs["upsample"], source.kwargs["padding"] = node.kwargs["upsample"], node.kwargs["padding"]
             node.kwargs["upsample"], node.kwargs["padding"] = 1, (0, 0, 0, 0)
+
+
+def _copies_to_norms(graph: Graph) -> None:
+    """Quantising what a GroupNorm reads becomes that GroupNorm's work: its ``copies`` maps argument -> quantiser.
+
+    The quantiser stays in the graph as "quantized_copy", which only says where its value comes from.
+    """
+    rewriter = Rewriter(graph)
+    norms = [node for node in graph.nodes if node.op == "groupnorm_silu_quantize" and len(node.shape) == 4]
+    for norm in norms:
+        for i, source in enumerate(norm.args):
+            readers = rewriter.users[source.name] if isinstance(source, Ref) else ()
+            copies = [node for node in readers if _is_plain_quantizer(node) and len(node.shape) == 4]
+            if len(copies) != 1 or list(norm.refs()).count(source.name) != 1:
+                continue
+            (copy,), at = copies, rewriter.position[norm.name]
+            if any(rewriter.position[user.name] < at for user in rewriter.users[copy.name]):
+                continue
+            norm.kwargs["copies"][i] = copy.name
+            copy.op, copy.args = "quantized_copy", (Ref(norm.name),)
+            graph.nodes.remove(copy)
+            graph.nodes.insert(graph.nodes.index(norm) + 1, copy)
+            rewriter.refresh()
+
+
+def _is_plain_quantizer(node: Node) -> bool:
+    """Whether a node quantises a value as it is: no activation function, nothing placed around it."""
+    plain = {"activation": "none", "upsample": 1, "padding": (0, 0, 0, 0)}
+    return node.op == "quantize" and all(node.kwargs[name] == value for name, value in plain.items())
+
+
+def _attention_to_kernel(graph: Graph) -> None:
+    """What `ops.attention` computes becomes "attention"; a quantiser behind it joins it, and its ``site`` too."""
+    rewriter = Rewriter(graph)
+    for node in list(graph.nodes):
+        if node.op != "scaled_dot_product_attention" or not _fits_attention(rewriter, node):
+            continue
+        node.op, node.kwargs = "attention", {"scale": node.kwargs.get("scale")}
+        last, reader = node, rewriter.only_user(node)
+        while reader is not None and reader.op in LAYOUT_OPS:  # they move quantised values as they move floating ones
+            last, reader = reader, rewriter.only_user(reader)
+        if reader is not None and _is_plain_quantizer(reader):
+            node.kwargs["site"] = reader.kwargs["site"]
+            rewriter.replace_value(reader.name, last.name)
+            rewriter.remove(reader)
+
+
+def _fits_attention(rewriter: Rewriter, node: Node) -> bool:
+    """Whether `ops.attention` computes this node: q, k and v [B, H, L, D] alike, without a mask or a flag."""
+    if len(node.args) != 3 or not all(isinstance(arg, Ref) for arg in node.args) or not set(node.kwargs) <= {"scale"}:
+        return False
+    q, k, v = (rewriter.shape(arg) for arg in node.args)
+    return len(q) == len(k) == 4 and k == v and (*q[:2], q[-1]) == (*k[:2], k[-1])
