@@ -9,9 +9,8 @@
 #if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never leave this file
 #endif
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef QDIFF_HAS_AVX512
 #include <immintrin.h>
-#define QDIFF_HAS_AVX512 1
 #endif
 
 namespace qdiff {
@@ -48,8 +47,7 @@ using portable::Scratch;
 void attend_head(const AttentionShape& shape, const float* q, const float* k, const float* v,
                  const AttentionOutput& out, int64_t offset, int64_t first, int64_t queries, const Scratch& s) {
 #ifdef QDIFF_HAS_AVX512
-    static const bool fast = __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (fast) {
+    if (has_avx512()) {
         avx512::attend(shape, q, k, v, out, offset, first, queries,
                        {s.queries, s.sums, s.scores, s.keys, s.values});
         return;

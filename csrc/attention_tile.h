@@ -16,23 +16,8 @@ QDIFF_INLINE void store(float* x, Lanes v) { std::memcpy(x, &v, sizeof v); }
 
 QDIFF_INLINE Lanes larger_of(Lanes a, Lanes b) { return a > b ? a : b; }
 
-// x[i] = 2^x[i] for x in [-126, 126]: 2^n times a polynomial in the fraction, |fraction| <= 1/2; relative error 1.5e-7.
-template <int count>
-QDIFF_INLINE void exp2_bounded(Lanes x[count]) {
-    Lanes shifted[count], p[count];
-    for (int i = 0; i < count; ++i) shifted[i] = x[i] + 12582912.0f;  // leaves the nearest integer in the low bits
-    for (int i = 0; i < count; ++i) x[i] -= shifted[i] - 12582912.0f;
-    for (int i = 0; i < count; ++i) p[i] = x[i] * 1.327644437e-3f + 9.675537689e-3f;
-    for (int i = 0; i < count; ++i) p[i] = p[i] * x[i] + 5.550713315e-2f;
-    for (int i = 0; i < count; ++i) p[i] = p[i] * x[i] + 2.402211979e-1f;
-    for (int i = 0; i < count; ++i) p[i] = p[i] * x[i] + 6.931469671e-1f;
-    for (int i = 0; i < count; ++i) p[i] = p[i] * x[i] + 1.0f;
-    // p lies in [0.7, 1.5]: n goes straight to its exponent
-    for (int i = 0; i < count; ++i) x[i] = (Lanes)((IntLanes)p[i] + ((IntLanes)shifted[i] << 23));
-}
-
 #ifdef QDIFF_EXP2_AVX512
-// 2^x = 2^floor(x) times a polynomial in the fraction, for x <= 0; relative error 1.5e-7, 0 where 2^x is 0.
+// 2^x = 2^floor(x) times a polynomial in the fraction, for x <= 126; relative error 1.5e-7, 0 where 2^x is 0.
 QDIFF_INLINE Lanes exp2_lanes(Lanes x) {
     const Lanes f = (Lanes)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
     Lanes p = f * 1.877575010e-3f + 8.989344513e-3f;
@@ -42,12 +27,22 @@ QDIFF_INLINE Lanes exp2_lanes(Lanes x) {
     p = p * f + 0.9999999251f;
     return (Lanes)_mm512_scalef_ps((__m512)p, (__m512)x);
 }
+
+QDIFF_INLINE Lanes exp2_bounded(Lanes x) { return exp2_lanes(x); }
 #else
-QDIFF_INLINE Lanes exp2_lanes(Lanes x) {
-    x = larger_of(x, Lanes{} - 126.0f);
-    exp2_bounded<1>(&x);
-    return x;
+// 2^x for x in [-126, 126]: 2^n times a polynomial in the fraction, |fraction| <= 1/2; relative error 1.5e-7.
+QDIFF_INLINE Lanes exp2_bounded(Lanes x) {
+    const Lanes shifted = x + 12582912.0f;  // leaves the nearest integer in the low bits
+    const Lanes f = x - (shifted - 12582912.0f);
+    Lanes p = f * 1.327644437e-3f + 9.675537689e-3f;
+    p = p * f + 5.550713315e-2f;
+    p = p * f + 2.402211979e-1f;
+    p = p * f + 6.931469671e-1f;
+    p = p * f + 1.0f;
+    return (Lanes)((IntLanes)p + ((IntLanes)shifted << 23));  // p lies in [0.7, 1.5]: n goes straight to its exponent
 }
+
+QDIFF_INLINE Lanes exp2_lanes(Lanes x) { return exp2_bounded(larger_of(x, Lanes{} - 126.0f)); }
 #endif
 
 // scores[j][lane] = sum_c queries[c][lane] keys[j][c] for `count` keys; returns the running maximum.
@@ -143,8 +138,10 @@ QDIFF_INLINE void attend_keys(const float* queries, const float* keys, const flo
         const Lanes q = load(queries + c * kQueries);
         for (int j = 0; j < count; ++j) s[j] += q * keys[j * dim + c];
     }
-    exp2_bounded<count>(s);
-    for (int j = 0; j < count; ++j) total += s[j];
+    for (int j = 0; j < count; ++j) {
+        s[j] = exp2_bounded(s[j]);
+        total += s[j];
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < count; ++j)
         for (int c = 0; c < dim; ++c) sums[c] += s[j] * values[j * dim + c];

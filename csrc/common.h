@@ -22,6 +22,11 @@
 #endif
 #endif
 
+// Where intrinsics say more than a vectorised loop can, a function beside the clones uses them; has_avx512() decides.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define QDIFF_HAS_AVX512 1
+#endif
+
 // The body of a clone must be inlined into it, or it would run with the baseline instruction set.
 #if defined(__GNUC__)
 #define QDIFF_INLINE inline __attribute__((always_inline))
@@ -54,6 +59,14 @@ inline int thread_index() {
     return 0;
 #endif
 }
+
+#ifdef QDIFF_HAS_AVX512
+inline bool has_avx512() {
+    static const bool available = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                                  __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    return available;
+}
+#endif
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -25,6 +25,9 @@ _CHILD_RUNS = 3
 _CHILD_TIMEOUT = 600.0  # seconds
 
 
+_SETTLE = 0.05  # seconds
+
+
 def interleaved(
     contestants: Mapping[str, Contestant],
     rounds: int,
@@ -36,6 +39,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, A B C A B C ..., so that a noisy moment of the machine hits all alike.
 
+    A pause goes before each, lest one contestant's idle threads, which spin for a while, take a core from the next.
+
     Args:
         contestants: by name. In round i each runs once on input set ``i % sets``.
         rounds: timed rounds; ``warm_up`` untimed ones, at least one per input set, go before.
@@ -46,6 +51,7 @@ def interleaved(
     warm_up = max(warm_up, sets)
     for i in range(warm_up + rounds):
         for name, run in contestants.items():
+            time.sleep(_SETTLE)
             synchronize()
             start = time.perf_counter()
             run(i % sets)
