@@ -1,0 +1,326 @@
+"""int_conv2d: y = sum over segments of s s_w (acc - z wsum[class]) + bias + temb + residual, as implicit GEMM on NHWC.
+
+Row m of the product is output pixel m of the batch, its K axis runs over (r, s, c) in the order of the packed weight.
+Taps outside the image load 0, and the border class of the pixel says which weight sum the zero point multiplies. The
+input may be read upsampled (nearest), and a skip concatenation in two segments, each with its own quantisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arithmetic import ASSEMBLY
+from .epilogue import scaled, stored, with_terms
+from .int_gemm import chosen_launch, multiplied, reduced, tile_of, unpacked
+from .packing import KernelWeight
+from .tiles import GROUP_M, Launch, paired
+
+
+class Segment(NamedTuple):
+    """One stretch of the K axis: an image with its quantisation and its weights."""
+
+    x: Tensor  # int8 or floating [N, C, H, W], channels_last
+    weight: KernelWeight  # [Cout, R S C] in the order (r, s, c)
+    quantization: Tensor | None  # float32 [3], (s, 1 / s, z); None in mode A16
+
+
+class Geometry(NamedTuple):
+    """What a convolution does to the pixels of its (upsampled) input."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, bottom, left, right
+    dilation: tuple[int, int] = (1, 1)
+    upsample: int = 1
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output for an input of ``height`` x ``width`` pixels."""
+        top, bottom, left, right = self.padding
+        sizes = []
+        for size, pad, r, step, d in zip(
+            (height, width), (top + bottom, left + right), self.kernel, self.stride, self.dilation, strict=True
+        ):
+            sizes.append((size * self.upsample + pad - d * (r - 1) - 1) // step + 1)
+        return sizes[0], sizes[1]
+
+
+def pack_order(values: Tensor) -> Tensor:
+    """int8 [Cout, C, R, S] -> [Cout, R S C], the K axis of this operator, for `packing.pack`."""
+    return values.permute(0, 2, 3, 1).reshape(len(values), -1).contiguous()
+
+
+@triton.jit
+def tap(x, image, top, left, r, s, H, W, C, dilation_h, dilation_w, UPSAMPLE: tl.constexpr):
+    """(pointers to channel 0 of tap (r, s) of every output pixel, whether it lies inside the image)."""
+    ih = top + r * dilation_h
+    iw = left + s * dilation_w
+    inside = (ih >= 0) & (ih < H * UPSAMPLE) & (iw >= 0) & (iw < W * UPSAMPLE)
+    ih = tl.where(inside, ih // UPSAMPLE, 0)
+    iw = tl.where(inside, iw // UPSAMPLE, 0)
+    return x + ((image.to(tl.int64) * H + ih) * W + iw) * C, inside
+
+
+@triton.jit
+def convolved(
+    x, weight, acc, image, top, left, first, last, H, W, C, dilation_h, dilation_w, K_PADDED,
+    R: tl.constexpr, S: tl.constexpr, UPSAMPLE: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """acc plus the blocks first .. last of K. image, top, left: [M, 1], an output pixel's sample and its first tap.
+
+    ALIGNED: BLOCK_K divides C, so that a block lies within one tap; else every element of K finds its own tap.
+    """
+    half: tl.constexpr = BLOCK_K // 2
+    if BITS == 8:
+        k = tl.arange(0, BLOCK_K)
+        byte = k
+        bytes_per_block: tl.constexpr = BLOCK_K
+    else:
+        byte = tl.arange(0, half)
+        k = byte // 32 * 64 + byte % 32
+        bytes_per_block: tl.constexpr = half
+    row_bytes = K_PADDED if BITS == 8 else K_PADDED // 2
+    for block in range(first, last):
+        at = (block * BLOCK_K + k)[None, :]
+        at_byte = (block * bytes_per_block + byte)[None, :]
+        if ALIGNED:
+            b = tl.load(weight + at_byte)
+            start = block * BLOCK_K
+            index = start // C
+            pixel, inside = tap(x, image, top, left, index // S, index % S, H, W, C, dilation_h, dilation_w, UPSAMPLE)
+            c = start - index * C + k[None, :]
+            a = tl.load(pixel + c, mask=inside, other=0)
+            if BITS == 4:
+                a_high = tl.load(pixel + c + 32, mask=inside, other=0)
+        else:
+            b = tl.load(weight + at_byte, mask=at_byte < row_bytes, other=0)
+            index = at // C
+            pixel, inside = tap(x, image, top, left, index // S, index % S, H, W, C, dilation_h, dilation_w, UPSAMPLE)
+            a = tl.load(pixel + (at - index * C), mask=inside & (index < R * S), other=0)
+            if BITS == 4:
+                index = (at + 32) // C
+                pixel, inside = tap(
+                    x, image, top, left, index // S, index % S, H, W, C, dilation_h, dilation_w, UPSAMPLE
+                )
+                a_high = tl.load(pixel + (at + 32 - index * C), mask=inside & (index < R * S), other=0)
+        if BITS == 8:
+            acc = multiplied(a, b, acc, FLOATING)
+        else:
+            low, high = unpacked(b, ASM)
+            acc = multiplied(a, low, acc, FLOATING)
+            acc = multiplied(a_high, high, acc, FLOATING)
+    return acc
+
+
+@triton.jit
+def _int_conv2d_kernel(
+    x,
+    weight,
+    weight_scale,
+    weight_sum,
+    class_index,
+    quantization,
+    x2,
+    weight2,
+    weight_scale2,
+    weight_sum2,
+    class_index2,
+    quantization2,
+    bias,
+    temb,
+    residual,
+    out,
+    out_quantization,
+    workspace,
+    M,
+    N,
+    H,
+    W,
+    C,
+    C2,
+    K_PADDED,
+    K_PADDED2,
+    OUT_W,
+    pixels,
+    image_pixels,
+    stride_h,
+    stride_w,
+    pad_top,
+    pad_left,
+    dilation_h,
+    dilation_w,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
+    BITS: tl.constexpr,
+    BITS2: tl.constexpr,
+    OUT_BITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ALIGNED2: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    FLOATING: tl.constexpr = quantization is None
+    ACC: tl.constexpr = tl.float32 if FLOATING else tl.int32
+    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    split = tl.program_id(1)
+    rows = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_range = rows < M
+    rows = tl.where(in_range, rows, 0)
+    image = rows // image_pixels
+    pixel = rows - image * image_pixels
+    out_row = pixel // OUT_W
+    top = out_row * stride_h - pad_top
+    left = (pixel - out_row * OUT_W) * stride_w - pad_left
+
+    wrapped = (columns % N).to(tl.int64)[:, None]
+    blocks = tl.cdiv(R * S * C, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    acc = convolved(
+        x, weight + wrapped * (K_PADDED if BITS == 8 else K_PADDED // 2), acc, image, top, left,
+        split * blocks // SPLITS, (split + 1) * blocks // SPLITS, H, W, C, dilation_h, dilation_w, K_PADDED,
+        R, S, UPSAMPLE, BITS, FLOATING, ALIGNED, BLOCK_K, ASM,
+    )  # fmt: skip
+    at_columns = columns[None, :]
+    inside = in_range & (at_columns < N)
+    if SPLITS > 1:
+        tl.store(workspace + (split.to(tl.int64) * M + rows) * N + at_columns, acc, mask=inside)
+    else:
+        y = scaled(acc, rows, at_columns, inside, N, quantization, weight_scale, weight_sum, class_index, image_pixels)
+        if x2 is not None:
+            acc2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+            acc2 = convolved(
+                x2, weight2 + wrapped * (K_PADDED2 if BITS2 == 8 else K_PADDED2 // 2), acc2, image, top, left,
+                0, tl.cdiv(R * S * C2, BLOCK_K), H, W, C2, dilation_h, dilation_w, K_PADDED2,
+                R, S, UPSAMPLE, BITS2, FLOATING, ALIGNED2, BLOCK_K, ASM,
+            )  # fmt: skip
+            y += scaled(
+                acc2, rows, at_columns, inside, N, quantization2, weight_scale2, weight_sum2, class_index2, image_pixels
+            )
+        y = with_terms(y, rows, at_columns, inside, N, bias, temb, residual, pixels)
+        stored(y, rows, at_columns, inside, N, out, out_quantization, OUT_BITS, ASM)
+
+
+def int_conv2d(
+    segments: Sequence[Segment],
+    geometry: Geometry,
+    class_index: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    temb: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    out_quantization: Tensor | None = None,
+    out_bits: int = 8,
+    launch: Launch | None = None,
+) -> Tensor:
+    """y = sum over segments of s s_w (acc - z wsum[class]) + bias + temb + residual, per output channel.
+
+    Args:
+        segments: one, or two of the same image size for a skip concatenation.
+        geometry: kernel size, stride, padding, dilation and upsampling.
+        class_index: int32 [OH OW], row of every segment's ``weight.sums`` that an output pixel uses; None: row 0.
+        bias: [Cout]. temb: [N, Cout], or [1, Cout] for the whole batch. residual: [N, Cout, OH, OW].
+        out_dtype: float16, bfloat16 or float32.
+        out_quantization: float32 [3], quantises y to ``out_bits`` bits (int8) instead.
+        launch: tile and splits; chosen from `tiles` by default.
+
+    Returns:
+        [N, Cout, OH, OW], channels_last.
+    """
+    x = segments[0].x if segments else None
+    if x is None or len(segments) > 2:
+        raise ValueError(f"segments must be one or two, got {len(segments)}")
+    batch, _, height, width = x.shape
+    out_height, out_width = geometry.output_size(height, width)
+    n, image_pixels = len(segments[0].weight.scale), out_height * out_width
+    m = batch * image_pixels
+    _check(segments, geometry, class_index, bias, temb, residual, (batch, n, out_height, out_width))
+    dtype = torch.int8 if out_quantization is not None else out_dtype
+    out = torch.empty(
+        (batch, n, out_height, out_width), dtype=dtype, device=x.device, memory_format=torch.channels_last
+    )
+    if not out.numel():
+        return out
+    images = [s.x.contiguous(memory_format=torch.channels_last) for s in segments]
+    channels = [image.shape[1] for image in images]
+    (r, s), (stride_h, stride_w), (dilation_h, dilation_w) = geometry.kernel, geometry.stride, geometry.dilation
+    launch = launch or chosen_launch(x, m, n, r * s * channels[0], k_multiple=channels[0])
+    tile, splits = launch if len(segments) == 1 else Launch(paired(launch.tile), 1)
+    splits = min(splits, triton.cdiv(r * s * channels[0], tile.block_k))
+    accumulator = torch.float32 if segments[0].quantization is None else torch.int32
+    workspace = torch.empty((splits, m, n), dtype=accumulator, device=x.device) if splits > 1 else None
+    pixels = m if temb is not None and len(temb) == 1 else image_pixels
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    first, second = segments[0], (segments[1] if len(segments) == 2 else None)
+    has_classes = [class_index if len(segment.weight.sums) > 1 else None for segment in segments]
+    padded = [s.weight.values.shape[1] * (1 if s.weight.bits == 8 else 2) for s in segments]
+    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), splits)
+    _int_conv2d_kernel[grid](
+        images[0], first.weight.values, first.weight.scale, first.weight.sums, has_classes[0], first.quantization,
+        *((None,) * 6 if second is None else (
+            images[1], second.weight.values, second.weight.scale, second.weight.sums, has_classes[1],
+            second.quantization,
+        )),
+        bias, temb, residual, out, out_quantization, workspace, m, n, height, width, channels[0], channels[-1],
+        padded[0], padded[-1], out_width, pixels, image_pixels, stride_h, stride_w, geometry.padding[0],
+        geometry.padding[2], dilation_h, dilation_w, R=r, S=s, UPSAMPLE=geometry.upsample, BITS=first.weight.bits,
+        BITS2=(second or first).weight.bits, OUT_BITS=out_bits, ALIGNED=channels[0] % tile.block_k == 0,
+        ALIGNED2=channels[-1] % tile.block_k == 0, SPLITS=splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k, GROUP_M=GROUP_M, ASM=ASSEMBLY, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if workspace is not None:
+        reduced(
+            workspace, first.weight, has_classes[0], first.quantization, bias, temb, residual, out, out_quantization,
+            out_bits, image_pixels, pixels,
+        )  # fmt: skip
+    return out
+
+
+def _check(
+    segments: Sequence[Segment],
+    geometry: Geometry,
+    class_index: Tensor | None,
+    bias: Tensor | None,
+    temb: Tensor | None,
+    residual: Tensor | None,
+    shape: tuple[int, int, int, int],
+) -> None:
+    batch, n, out_height, out_width = shape
+    x = segments[0].x
+    for i, segment in enumerate(segments):
+        floating = segment.quantization is None
+        if segment.x.is_floating_point() != floating or (not floating and segment.x.dtype != torch.int8):
+            raise TypeError(f"segments[{i}].x must be int8 with a quantization or floating, got {segment.x.dtype}")
+        if segment.x.dim() != 4 or (segment.x.shape[0], *segment.x.shape[2:]) != (x.shape[0], *x.shape[2:]):
+            raise ValueError(f"segments[{i}].x must be [N, C, H, W] alike, got {list(segment.x.shape)}")
+        taps = geometry.kernel[0] * geometry.kernel[1] * segment.x.shape[1]
+        if segment.weight.k != taps or len(segment.weight.scale) != n:
+            found = [len(segment.weight.scale), segment.weight.k]
+            raise ValueError(f"segments[{i}].weight must be [{n}, {taps}], got {found}")
+        if floating != (segments[0].quantization is None):
+            raise ValueError("segments must all be quantised or all be floating")
+        classes = len(segment.weight.sums)
+        if classes > 1 and (class_index is None or tuple(class_index.shape) != (out_height * out_width,)):
+            found = None if class_index is None else list(class_index.shape)
+            raise ValueError(f"class_index must be [{out_height * out_width}] for {classes} classes, got {found}")
+    if out_height < 1 or out_width < 1:
+        raise ValueError(f"the kernel {geometry.kernel} must fit the padded image, got output {shape}")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"bias must have shape [{n}], got {list(bias.shape)}")
+    if temb is not None and tuple(temb.shape) not in ((batch, n), (1, n)):
+        raise ValueError(f"temb must be [{batch} or 1, {n}], got {list(temb.shape)}")
+    if residual is not None and tuple(residual.shape) != shape:
+        raise ValueError(f"residual must have shape {list(shape)}, got {list(residual.shape)}")
