@@ -31,6 +31,7 @@ from .sampling import Conditioning, check_count, conditioning_for, predict, time
 
 INPUT_SETS = 4
 ENGINE, FLOOR = "engine", "integer floor"
+_PAUSE = 0.05  # seconds between contestants, in which the threads of the last one's library fall asleep
 _SANE_DISTANCE = 1.0  # relative L2 to the float output; unrelated outputs of equal size differ by 1.4
 
 
@@ -92,6 +93,7 @@ def bench(
             {**contestants, **floats},
             repetitions,
             sets=len(inputs),
+            pause=_PAUSE if model.device.type == "cpu" else 0.0,
             synchronize=device_synchronize(model.device),
             on_round=on_round,
         )

@@ -25,25 +25,23 @@ _CHILD_RUNS = 3
 _CHILD_TIMEOUT = 600.0  # seconds
 
 
-_SETTLE = 0.05  # seconds
-
-
 def interleaved(
     contestants: Mapping[str, Contestant],
     rounds: int,
     *,
     sets: int = 1,
     warm_up: int = 2,
+    pause: float = 0.0,
     synchronize: Callable[[], None] = lambda: None,
     on_round: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, A B C A B C ..., so that a noisy moment of the machine hits all alike.
 
-    A pause goes before each, lest one contestant's idle threads, which spin for a while, take a core from the next.
-
     Args:
         contestants: by name. In round i each runs once on input set ``i % sets``.
         rounds: timed rounds; ``warm_up`` untimed ones, at least one per input set, go before.
+        pause: seconds before each call, lest one library's idle threads, which spin for a while, take a core from the
+            next one's; it also lets a library's own threads fall asleep, which only long calls can ignore.
         synchronize: waits for the device before a clock is read.
         on_round: called with (rounds done, rounds in all), for progress.
     """
@@ -51,7 +49,8 @@ def interleaved(
     warm_up = max(warm_up, sets)
     for i in range(warm_up + rounds):
         for name, run in contestants.items():
-            time.sleep(_SETTLE)
+            if pause:
+                time.sleep(pause)
             synchronize()
             start = time.perf_counter()
             run(i % sets)

@@ -93,8 +93,8 @@ class Recipe:
 
 NAMED: dict[str, dict[str, Any]] = {
     "w8a8": {"weight_bits": 8, "activation_bits": 8},
-    "w4a8": {"weight_bits": 4, "activation_bits": 8, "weights": "gptq"},
-    "w4a4": {"weight_bits": 4, "activation_bits": 4, "weights": "gptq"},
+    "w4a8": {"weight_bits": 4, "activation_bits": 8},
+    "w4a4": {"weight_bits": 4, "activation_bits": 4},
     "w8a16": {"weight_bits": 8, "activation_bits": 16},
-    "w4a16": {"weight_bits": 4, "activation_bits": 16, "weights": "gptq"},
+    "w4a16": {"weight_bits": 4, "activation_bits": 16},
 }

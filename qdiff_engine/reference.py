@@ -191,3 +191,57 @@ def place(x: Tensor, upsample: int, padding: tuple[int, int, int, int], fill: fl
     if upsample > 1:
         x = x.repeat_interleave(upsample, 2).repeat_interleave(upsample, 3)
     return F.pad(x, (left, right, top, bottom), value=fill) if any(padding) else x
+
+
+def denoise_step(
+    x: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    noise: Tensor | None,
+    constants: Sequence[float] | Tensor,
+    *,
+    guidance: float | None = None,
+    prediction_type: str = "epsilon",
+    clipped: bool = False,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    input_bias: Tensor | None = None,
+) -> Tensor:
+    """x' = cx x + c0 x0 + ce e' + s' z + B[c], e' = a[c] e + b[c], e = uncond + g (cond - uncond) in float64.
+
+    Where the scheduler clips, x0 = clamp(predicted sample, +-clip) and e' becomes the predicted noise; where it does
+    not, c0 is unused and e' is the model's output, whatever it predicts.
+
+    Args:
+        constants: cx, c0, ce, s', sqrt(alpha_bar), sqrt(1 - alpha_bar), clip, g.
+        guidance: g in place of the one in ``constants``.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+    """
+    cx, c0, ce, sigma, signal, deviation, clip, g = (float(value) for value in constants)
+    g = g if guidance is None else guidance
+    x, e = x.double(), cond.double()
+
+    def per_channel(values: Tensor) -> Tensor:
+        return values.double().reshape(-1, *[1] * (x.dim() - 2))
+
+    if uncond is not None:
+        e = uncond.double() + g * (e - uncond.double())
+    if a is not None:
+        e = e * per_channel(a)
+    if b is not None:
+        e = e + per_channel(b)
+    y = cx * x
+    if clipped:
+        if prediction_type == "epsilon":
+            sample = (x - deviation * e) / signal
+        elif prediction_type == "v_prediction":
+            sample, e = signal * x - deviation * e, signal * e + deviation * x
+        elif prediction_type == "sample":
+            sample, e = e, (x - signal * e) / deviation
+        else:
+            raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {prediction_type!r}")
+        y = y + c0 * sample.clamp(-clip, clip)
+    y = y + ce * e
+    if noise is not None:
+        y = y + sigma * noise.double()
+    return y if input_bias is None else y + per_channel(input_bias)

@@ -206,7 +206,7 @@ def test_every_layer_fed_the_engines_own_input(name: str, recipe: str, monkeypat
     assert differing < 1e-3 * elements
 
 
-@pytest.mark.parametrize("backend", ["onednn", "native", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "onednn", "native", "torch"])
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a8"])
 def test_accumulators_are_exact(recipe: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With unit scales and no bias a layer's output is its accumulator: equal to the reference, integer by integer."""

@@ -21,13 +21,13 @@ STORAGES = [torch.int8, torch.uint8]
 CHANNELS_LAST = torch.channels_last
 
 
-@pytest.fixture(params=["onednn", "native", "torch"])
+@pytest.fixture(params=["triton", "onednn", "native", "torch"])
 def backend(request: pytest.FixtureRequest) -> str:
     """A backend that multiplies integers."""
     return _present(request.param)
 
 
-@pytest.fixture(params=["native", "torch"])
+@pytest.fixture(params=["triton", "native", "torch"])
 def quantizer(request: pytest.FixtureRequest) -> str:
     """A backend that quantises."""
     return _present(request.param)
@@ -482,7 +482,6 @@ def test_the_first_available_backend_is_chosen() -> None:
 @pytest.mark.parametrize(
     "operator, backend, message",
     [
-        ("int_gemm", "triton", "not part of this version"),
         ("int_gemm", "cuda", "not part of this version"),
         ("quantize", "onednn", "onednn"),
         ("int_gemm", "vulkan", "backend must be one of onednn, native, torch"),

@@ -84,11 +84,9 @@ def _reduce_kernel(
     columns = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     inside = (rows < M) & (columns < N)
     rows = tl.where(rows < M, rows, 0)
-    at = workspace + rows.to(tl.int64) * N + columns
-    acc = tl.load(at, mask=inside, other=0)
-    for _ in range(1, SPLITS):
-        at += M.to(tl.int64) * N
-        acc += tl.load(at, mask=inside, other=0)
+    acc = tl.load(workspace + rows.to(tl.int64) * N + columns, mask=inside, other=0)
+    for split in range(1, SPLITS):
+        acc += tl.load(workspace + (split * M + rows).to(tl.int64) * N + columns, mask=inside, other=0)
     y = scaled(acc, rows, columns, inside, N, quantization, weight_scale, weight_sum, class_index, image_pixels)
     y = with_terms(y, rows, columns, inside, N, bias, temb, residual, pixels)
     stored(y, rows, columns, inside, N, out, out_quantization, OUT_BITS, ASM)

@@ -77,14 +77,9 @@ def convolved(
     ALIGNED: BLOCK_K divides C, so that a block lies within one tap; else every element of K finds its own tap.
     """
     half: tl.constexpr = BLOCK_K // 2
-    if BITS == 8:
-        k = tl.arange(0, BLOCK_K)
-        byte = k
-        bytes_per_block: tl.constexpr = BLOCK_K
-    else:
-        byte = tl.arange(0, half)
-        k = byte // 32 * 64 + byte % 32
-        bytes_per_block: tl.constexpr = half
+    bytes_per_block: tl.constexpr = BLOCK_K if BITS == 8 else half
+    byte = tl.arange(0, bytes_per_block)
+    k = byte if BITS == 8 else byte // 32 * 64 + byte % 32
     row_bytes = K_PADDED if BITS == 8 else K_PADDED // 2
     for block in range(first, last):
         at = (block * BLOCK_K + k)[None, :]
@@ -262,6 +257,7 @@ def int_conv2d(
     accumulator = torch.float32 if segments[0].quantization is None else torch.int32
     workspace = torch.empty((splits, m, n), dtype=accumulator, device=x.device) if splits > 1 else None
     pixels = m if temb is not None and len(temb) == 1 else image_pixels
+    bias, temb = (term if term is None else term.contiguous() for term in (bias, temb))
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     first, second = segments[0], (segments[1] if len(segments) == 2 else None)
@@ -314,8 +310,8 @@ def _check(
             raise ValueError("segments must all be quantised or all be floating")
         classes = len(segment.weight.sums)
         if classes > 1 and (class_index is None or tuple(class_index.shape) != (out_height * out_width,)):
-            found = None if class_index is None else list(class_index.shape)
-            raise ValueError(f"class_index must be [{out_height * out_width}] for {classes} classes, got {found}")
+            given = None if class_index is None else list(class_index.shape)
+            raise ValueError(f"class_index must be [{out_height * out_width}] for {classes} classes, got {given}")
     if out_height < 1 or out_width < 1:
         raise ValueError(f"the kernel {geometry.kernel} must fit the padded image, got output {shape}")
     if bias is not None and tuple(bias.shape) != (n,):

@@ -151,7 +151,7 @@ def _int_gemm_kernel(
         y = scaled(acc, at_rows, at_columns, inside, N, quantization, weight_scale, weight_sum, None, pixels)
         if GEGLU:
             gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-            gates = weight_rows + N.to(tl.int64) * weight_bytes
+            gates = weight + (columns % N + N).to(tl.int64)[:, None] * weight_bytes
             gate = product(x_rows, gates, gate, first, last, K, K_PADDED, BITS, FLOATING, EVEN_K, BLOCK_K, ASM)
             g = scaled(
                 gate, at_rows, at_columns, inside, N, quantization, weight_scale + N, weight_sum + N, None, pixels
@@ -206,8 +206,8 @@ def int_gemm(
         workspace = torch.empty((splits, m, n), dtype=accumulator, device=x.device) if splits > 1 else None
         padded = weight.values.shape[1] * (1 if weight.bits == 8 else 2)
         pixels = m if temb is None else m // len(temb)
-        if residual is not None:
-            residual = residual.reshape(m, n).contiguous()
+        bias, temb = (term if term is None else term.contiguous() for term in (bias, temb))
+        residual = residual if residual is None else residual.reshape(m, n).contiguous()
         grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), splits)
         _int_gemm_kernel[grid](
             matrix, weight.values, weight.scale, weight.sums, quantization, bias, temb, residual, out,

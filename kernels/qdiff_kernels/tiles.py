@@ -23,14 +23,14 @@ MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # of 
 # kernel (tests/compile); which one is fastest has not been measured on a GPU yet.
 TILES = {
     80: (Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4), Tile(64, 64, 64, 8, 3)),
-    86: (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 4)),
-    89: (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 4)),
+    86: (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 8, 3)),
+    89: (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 8, 3)),
     90: (Tile(128, 128, 128, 8, 4), Tile(128, 64, 128, 4, 4), Tile(64, 64, 128, 4, 4)),
     100: (Tile(128, 64, 128, 8, 4), Tile(64, 64, 128, 4, 4)),
     120: (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 8, 3)),
 }
 NARROW = Tile(128, 16, 64, 4, 4)  # outputs of at most 16 channels: the last convolution
-INTERPRETED = Tile(32, 32, 64, 1, 1)
+INTERPRETED = Tile(128, 128, 256, 1, 1)  # the interpreter's time goes by programs and blocks, not by elements
 GROUP_M = 8  # tiles of neighbouring rows that run together and share the weights in the L2 cache
 _MAX_SPLITS = 16
 
@@ -59,7 +59,8 @@ def choose(arch: int, m: int, n: int, k: int, multiprocessors: int | None = None
     """The launch of an [m, k] x [k, n] product on an architecture of `TILES`.
 
     The largest tile that fills three quarters of the multiprocessors; if none does, the smallest, with K cut into parts
-    of at least four blocks. Where ``k_multiple`` is given (a convolution's channels) and block_k does not divide it, block_k is 64.
+    of at least four blocks. Where ``k_multiple`` is given (a convolution's channels), and block_k does not divide it,
+    block_k is 64.
 
     Args:
         arch: a key of `TILES`.

@@ -38,12 +38,22 @@ __all__ = [
 
 # operator -> (backend, module of this package that implements it), fastest first
 _TABLE: dict[str, tuple[tuple[str, str], ...]] = {
-    "quantize": (("native", "native"), ("torch", "plain")),
-    "groupnorm_silu_quantize": (("native", "native"), ("torch", "plain")),
-    "layernorm_quantize": (("native", "native"), ("torch", "plain")),
+    "quantize": (("triton", "triton_kernels"), ("native", "native"), ("torch", "plain")),
+    "groupnorm_silu_quantize": (("triton", "triton_kernels"), ("native", "native"), ("torch", "plain")),
+    "layernorm_quantize": (("triton", "triton_kernels"), ("native", "native"), ("torch", "plain")),
     "attention": (("native", "native"), ("torch", "plain")),
-    "int_gemm": (("onednn", "onednn"), ("native", "native_matmul"), ("torch", "plain")),
-    "int_conv2d": (("onednn", "onednn"), ("native", "native_matmul"), ("torch", "plain")),
+    "int_gemm": (
+        ("triton", "triton_kernels"),
+        ("onednn", "onednn"),
+        ("native", "native_matmul"),
+        ("torch", "plain"),
+    ),
+    "int_conv2d": (
+        ("triton", "triton_kernels"),
+        ("onednn", "onednn"),
+        ("native", "native_matmul"),
+        ("torch", "plain"),
+    ),
 }
 
 
@@ -75,7 +85,7 @@ _BACKENDS = {
     "onednn": Backend(("cpu",), torch.uint8, _imported("onednn")),
     "native": Backend(("cpu",), torch.int8, _imported("native")),
     "torch": Backend(("cpu", "cuda"), torch.int8, _imported("plain")),
-    "triton": Backend(("cuda",), torch.int8, _planned("Triton")),
+    "triton": Backend(("cuda",), torch.int8, _imported("triton_kernels")),
     "cuda": Backend(("cuda",), torch.int8, _planned("CUDA")),
 }
 
@@ -100,13 +110,18 @@ def _find(operator: str, device: str, backend: str | None) -> tuple[str, Callabl
     for name, module in _TABLE[operator]:
         if backend not in (None, name):
             continue
-        if device not in _BACKENDS[name].devices:
+        if device not in _BACKENDS[name].devices and not (backend == name and _interpreted(name)):
             refusals.append(f"{name} runs on {' and '.join(_BACKENDS[name].devices)}, not on {device}")
         elif not _status(name)[0]:
             refusals.append(f"{name}: {_status(name)[1]}")
         else:
             return name, getattr(importlib.import_module(f"{__name__}.{module}"), operator)
     raise BackendError(f"no backend for {operator}: {'; '.join(refusals)}")
+
+
+def _interpreted(backend: str) -> bool:
+    """Whether a backend that is asked for by name runs on any device: Triton, where it interprets its kernels."""
+    return backend == "triton" and importlib.import_module(f"{__name__}.triton_kernels").interpreted()
 
 
 def _refusal(backend: str, operator: str) -> str:

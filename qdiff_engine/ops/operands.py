@@ -23,6 +23,7 @@ class GemmWeight:
     values: Tensor  # int8 [N, K]
     scale: Tensor  # float32 [N]
     sums: Tensor  # int32 [N], sum of values over k
+    bits: int = 8  # 4 promises values in [-8, 7], which a backend may keep packed
     prepared: dict[str, Any] = field(default_factory=dict, repr=False)  # backend name -> its own form of the weights
 
 
@@ -37,6 +38,7 @@ class ConvWeight:
     padding: tuple[int, int, int, int]  # top, bottom, left, right
     dilation: tuple[int, int]
     groups: int
+    bits: int = 8
     prepared: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
@@ -80,15 +82,16 @@ def recent(cache: dict[Hashable, _T], key: Hashable, make: Callable[[], _T], lim
     return value
 
 
-def pack_gemm(weight: Tensor, weight_scale: Tensor) -> GemmWeight:
+def pack_gemm(weight: Tensor, weight_scale: Tensor, bits: int = 8) -> GemmWeight:
     """w[n, k] = weight_scale[n] * weight[n, k], ready for `int_gemm`.
 
     Args:
         weight: int8 [N, K].
         weight_scale: float32 [N].
+        bits: 8, or 4 for values in [-8, 7].
     """
-    _check_weight(weight, weight_scale, ("N", "K"))
-    return GemmWeight(weight.contiguous(), weight_scale, weight.sum(1, dtype=torch.int32))
+    _check_weight(weight, weight_scale, bits, ("N", "K"))
+    return GemmWeight(weight.contiguous(), weight_scale, weight.sum(1, dtype=torch.int32), bits)
 
 
 def pack_conv2d(
@@ -99,6 +102,7 @@ def pack_conv2d(
     padding: tuple[int, int, int, int] = (0, 0, 0, 0),
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
+    bits: int = 8,
 ) -> ConvWeight:
     """w[n, k, r, s] = weight_scale[n] * weight[n, k, r, s], ready for `int_conv2d`.
 
@@ -108,15 +112,16 @@ def pack_conv2d(
         stride, dilation: (vertical, horizontal).
         padding: (top, bottom, left, right); out-of-image taps count as the activation's zero point.
         groups: divides Cin and Cout.
+        bits: 8, or 4 for values in [-8, 7].
     """
-    _check_weight(weight, weight_scale, ("Cout", "Cin / groups", "R", "S"))
+    _check_weight(weight, weight_scale, bits, ("Cout", "Cin / groups", "R", "S"))
     _check_integers("stride", stride, 2, 1)
     _check_integers("padding", padding, 4, 0)
     _check_integers("dilation", dilation, 2, 1)
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must divide Cout = {weight.shape[0]}, got {groups}")
     sums = weight.sum((1, 2, 3), dtype=torch.int32)
-    return ConvWeight(weight.contiguous(), weight_scale, sums, stride, padding, dilation, groups)
+    return ConvWeight(weight.contiguous(), weight_scale, sums, stride, padding, dilation, groups, bits)
 
 
 def _check_integers(name: str, value: tuple[int, ...], length: int, least: int) -> None:
@@ -124,7 +129,7 @@ def _check_integers(name: str, value: tuple[int, ...], length: int, least: int) 
         raise ValueError(f"{name} must be a tuple of {length} integers >= {least}, got {value}")
 
 
-def _check_weight(weight: Tensor, weight_scale: Tensor, axes: tuple[str, ...]) -> None:
+def _check_weight(weight: Tensor, weight_scale: Tensor, bits: int, axes: tuple[str, ...]) -> None:
     if weight.dtype != torch.int8 or weight.dim() != len(axes):
         raise TypeError(f"weight must be int8 [{', '.join(axes)}], got {weight.dtype} {list(weight.shape)}")
     if weight_scale.dtype != torch.float32 or weight_scale.shape != weight.shape[:1]:
@@ -133,12 +138,17 @@ def _check_weight(weight: Tensor, weight_scale: Tensor, axes: tuple[str, ...]) -
         )
     if (taps := weight[0].numel() if len(weight) else 0) > numerics.MAX_K:
         raise ValueError(f"weight has {taps} taps per output, an int32 accumulator holds {numerics.MAX_K}")
+    low, high = numerics.weight_range(bits)
+    if bits == 4 and weight.numel() and not low <= int(weight.min()) <= int(weight.max()) <= high:
+        raise ValueError(
+            f"weight must lie in [{low}, {high}] for 4 bits, got {int(weight.min())} .. {int(weight.max())}"
+        )
 
 
 def check_gemm(
     q: Tensor,
     weight: GemmWeight,
-    scale: float | None,
+    scale: float | Tensor | None,
     zero_point: int | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -188,7 +198,7 @@ def check_conv2d(
         _check_float("temb", temb, shape[:2])
 
 
-def _check_activation(q: Tensor, scale: float | None, zero_point: int | None) -> None:
+def _check_activation(q: Tensor, scale: float | Tensor | None, zero_point: int | None) -> None:
     if q.is_floating_point():
         return
     if q.dtype not in STORAGES:

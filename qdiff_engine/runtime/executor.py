@@ -413,7 +413,8 @@ class _Compiler:
         """Weight and bias of a product, or of several that the lowering merged: then both arguments are tuples."""
         layers, biases = (layer, bias) if isinstance(layer, tuple) else ((layer,), (bias,))
         parts = [self.weights[name][0] for name in layers]
-        weight = ops.pack_gemm(torch.cat([p.values for p in parts]), torch.cat([p.scale for p in parts]))
+        bits = max(p.bits for p in parts)
+        weight = ops.pack_gemm(torch.cat([p.values for p in parts]), torch.cat([p.scale for p in parts]), bits)
         if biases[0] is None:
             return weight, None
         return weight, torch.cat([self.value(b)([]) for b in biases])
@@ -421,7 +422,7 @@ class _Compiler:
     def int_conv2d(self, index: int, node: Node) -> Instruction:
         kernel, out, k = self.kernels["int_conv2d"], self.slots[node.name], node.kwargs
         geometry = {name: k[name] for name in ("stride", "padding", "dilation", "groups")}
-        weights = [ops.pack_conv2d(w.values, w.scale, **geometry) for w in self.weights[k["layer"]]]
+        weights = [ops.pack_conv2d(w.values, w.scale, **geometry, bits=w.bits) for w in self.weights[k["layer"]]]
         columns = [self.columns[self.quantizers[ref.name].kwargs["site"]] for ref in node.args]
         parts = list(zip((self.slots[ref.name] for ref in node.args), weights, columns, strict=True))
         constant_bias, upsample, corrected = self.value(k["bias"])([]), k["upsample"], self._corrected(node)

@@ -13,9 +13,9 @@ from concurrent.futures import Future
 import pytest
 from compiler import Facts, Variant, compilers, submitted
 from qdiff_kernels.tiles import SHARED_MEMORY
-from variants import products
+from variants import others, products
 
-VARIANTS = list(products())
+VARIANTS = [*products(), *others()]
 
 
 @pytest.fixture(scope="module")

@@ -105,10 +105,77 @@ def products() -> Iterator[Variant]:
         yield conv("upsampled", arch, tiles[-1], upsample=2)
         yield conv("few-channels-in", arch, tiles[-1]._replace(block_k=64), aligned=False, floating=True)
         yield conv("few-channels-out", arch, NARROW)
-        yield Variant(
-            "reduce", "qdiff_kernels.epilogue:_reduce_kernel", arch,
-            {"workspace": "*i32", "weight_scale": "*fp32", "weight_sum": "*i32", "quantization": "*fp32",
-             "bias": "*fp32", "residual": "*fp16", "out": "*fp16", "M": "i32", "N": "i32", "image_pixels": "i32",
-             "pixels": "i32"},
-            {"SPLITS": 4, "OUT_BITS": 8, "BLOCK_M": 32, "BLOCK_N": 64, "ASM": True}, ("N",),
+        one_row = gemm("one-row", arch, tiles[-1], splits=4)  # Triton turns an integer argument of 1 into a constant
+        del one_row.types["M"]
+        one_row.constants["M"] = 1
+        yield one_row
+        for rows in (None, 1):
+            sizes = {} if rows else {"M": "i32"}
+            yield Variant(
+                f"reduce-{rows or 'many'}", "qdiff_kernels.epilogue:_reduce_kernel", arch,
+                {**sizes, "workspace": "*i32", "weight_scale": "*fp32", "weight_sum": "*i32", "quantization": "*fp32",
+                 "bias": "*fp32", "residual": "*fp16", "out": "*fp16", "N": "i32", "image_pixels": "i32",
+                 "pixels": "i32"},
+                {"M": rows, "SPLITS": 4, "OUT_BITS": 8, "BLOCK_M": 32, "BLOCK_N": 64, "ASM": True}, ("N",),
+            )  # fmt: skip
+
+
+_SIZES = dict.fromkeys(
+    ("pixels", "features", "height", "width", "out_height", "out_width", "top", "left", "tiles", "channels",
+     "channels1", "channels2", "chunk_pixels", "chunks", "size", "stride_pre_add", "stride_scale", "stride_shift", "M",
+     "K", "elements"), "i32",
+)  # fmt: skip
+_STRIDES = {f"stride_{tensor}{axis}": "i32" for tensor in "xeuzo" for axis in "nc"}
+_VECTORS = dict.fromkeys(("weight", "bias", "pre_add", "norm_scale", "norm_shift"), "*fp16")
+_FLOATS = dict.fromkeys(
+    ("quantization", "channel_inverse", "statistics", "coefficients", "constants", "factor", "shift", "input_bias"),
+    "*fp32",
+)
+_LATENTS = dict.fromkeys(("cond", "uncond", "noise"), "*fp16")
+_DIVISIBLE = ("pixels", "features", "channels", "channels1", "channels2", "M", "K", "elements")
+
+
+def _elementwise(
+    name: str, kernel: str, arch: int, constants: dict[str, object], absent: tuple[str, ...] = (), out: str = "*i8",
+    warps: int = 4,
+) -> Variant:  # fmt: skip
+    """A kernel that multiplies no matrices: of all the arguments there are, those in ``absent`` are None."""
+    everything = {**_SIZES, **_STRIDES, **_VECTORS, **_FLOATS, **_LATENTS, "x": "*fp16", "x2": "*fp16", "out": out}
+    everything["eps"] = "fp32"
+    types = {argument: kind for argument, kind in everything.items() if argument not in {*absent, *constants}}
+    return Variant(
+        name, f"qdiff_kernels.{kernel}", arch, types, {"BITS": 8, "ASM": True, **constants}, _DIVISIBLE, warps
+    )
+
+
+def others() -> Iterator[Variant]:
+    """Quantisers, norms and the sampler step, as real layers launch them, for every architecture."""
+    block: dict[str, object] = {"BLOCK_P": 32, "BLOCK_C": 64}
+    plain = {**block, "UPSAMPLE": 1, "PLACED": False}
+    placed = {**block, "UPSAMPLE": 2, "PLACED": True}
+    for arch in TILES:
+        for activation in ("none", "silu", "gelu", "gelu_tanh", "geglu"):
+            constants = {**plain, "ACTIVATION": activation}
+            yield _elementwise(f"quantize-{activation}", "quantize:_quantize_kernel", arch, constants)
+        yield _elementwise(
+            "quantize-placed", "quantize:_quantize_kernel", arch, {**placed, "ACTIVATION": "none", "BITS": 4},
+            ("channel_inverse",),
         )  # fmt: skip
+        yield _elementwise("groupnorm-statistics", "group_statistics:_statistics_kernel", arch, block)
+        yield _elementwise(
+            "groupnorm-coefficients", "group_statistics:_coefficients_kernel", arch, {"BLOCK_K": 16, "BLOCK_C": 128},
+            warps=8,
+        )  # fmt: skip
+        apply = "groupnorm_silu_quantize:_apply_kernel"
+        yield _elementwise("groupnorm-apply", apply, arch, {**plain, "SILU": True})
+        yield _elementwise("groupnorm-apply-placed", apply, arch, {**placed, "SILU": True, "channels2": 0}, ("x2",))
+        yield _elementwise("groupnorm-apply-float", apply, arch, {**plain, "SILU": False}, ("quantization",), "*fp16")
+        layernorm = "layernorm_quantize:_layernorm_quantize_kernel"
+        yield _elementwise("layernorm", layernorm, arch, {"BLOCK_M": 1, "BLOCK_K": 2048})
+        yield _elementwise("layernorm-narrow", layernorm, arch, {"BLOCK_M": 8, "BLOCK_K": 512}, ("weight", "bias"))
+        for prediction in ("epsilon", "v_prediction", "sample"):
+            constants = {"PREDICTION": prediction, "CLIPPED": True, "BLOCK": 512}
+            constants |= {f"stride_{tensor}p": 1 for tensor in "xeuzo"}
+            yield _elementwise(
+                f"denoise-{prediction}", "denoise_step:_denoise_step_kernel", arch, constants, (), "*fp16"
+            )

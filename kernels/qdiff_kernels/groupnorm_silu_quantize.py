@@ -1,0 +1,181 @@
+"""groupnorm_silu_quantize: q = quantize(silu((x + pre_add - mean_g) / sqrt(var_g + eps) * weight + bias)).
+
+`group_statistics` turns the norm into one affine map per sample and channel; here is the pass that applies it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arithmetic import ASSEMBLY, quantize_value
+from .arithmetic import silu as silu_of
+from .group_statistics import affine_of, segment_of, widths
+from .quantize import (
+    Padding,
+    block_shape,
+    check_device,
+    check_eps,
+    check_floating,
+    check_placement,
+    check_vector,
+    placed_size,
+    result_dtype,
+    source_pixels,
+)
+
+
+@triton.jit
+def _apply_kernel(
+    x,
+    x2,
+    coefficients,
+    quantization,
+    out,
+    pixels,
+    channels1,
+    channels2,
+    height,
+    width,
+    out_height,
+    out_width,
+    top,
+    left,
+    tiles,
+    SILU: tl.constexpr,
+    BITS: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
+    PLACED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    source, channels, first_channel, block = segment_of(x, x2, tl.program_id(0), channels1, channels2, BLOCK_C)
+    n = tl.program_id(2).to(tl.int64)
+    channel = (block * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    known = channel < channels
+    all_channels = channels1 + channels2
+    affine = coefficients + n * 3 * all_channels + first_channel + channel
+    offset = tl.load(affine, mask=known, other=0.0)
+    factor = tl.load(affine + all_channels, mask=known, other=0.0)
+    constant = tl.load(affine + 2 * all_channels, mask=known, other=0.0)
+    out_pixels = out_height * out_width
+    # the coefficients are six times as many bytes as the fp16 values of one tile's thread: several tiles share them
+    for tile in range(tiles):
+        pixel = ((tl.program_id(1) * tiles + tile) * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
+        within = (pixel < out_pixels) & known
+        from_pixel, inside = source_pixels(pixel, height, width, out_height, out_width, top, left, UPSAMPLE, PLACED)
+        inside &= within
+        at = source + (n * pixels + from_pixel) * channels + channel
+        y = (tl.load(at, mask=inside, other=0.0).to(tl.float32) + offset) * factor + constant
+        if SILU:
+            y = silu_of(y)
+        if PLACED:
+            y = tl.where(inside, y, 0.0)  # which quantises to z, what the border holds
+        to = out + (n * out_pixels + pixel) * all_channels + first_channel + channel
+        if quantization is None:
+            tl.store(to, y.to(out.dtype.element_ty), mask=within)
+        else:
+            zero_point = tl.load(quantization + 2).to(tl.int32)
+            tl.store(to, quantize_value(y, tl.load(quantization + 1), zero_point, BITS, ASM), mask=within)
+
+
+def groupnorm_silu_quantize(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    quantization: Tensor | None,
+    bits: int = 8,
+    *,
+    silu: bool = True,
+    x2: Tensor | None = None,
+    pre_add: Tensor | None = None,
+    norm_scale: Tensor | None = None,
+    norm_shift: Tensor | None = None,
+    upsample: int = 1,
+    padding: Padding = (0, 0, 0, 0),
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """q = quantize(silu(group_norm(cat(x, x2) + pre_add) * (1 + norm_scale) + norm_shift)).
+
+    Args:
+        x: float16, bfloat16 or float32 [N, C1, *spatial].
+        groups: normalisation groups over all channels C = C1 + C2; they may straddle x and x2.
+        weight, bias: floating [C], or None.
+        quantization: float32 [3] on the device, (s, 1 / s, z); None: the value itself, padded with 0.
+        bits: 4 or 8.
+        x2: further channels [N, C2, *spatial] of x's dtype.
+        pre_add, norm_scale, norm_shift: floating [C] or [N, C].
+        upsample: integer factor of nearest-neighbour upsampling, 4-D only.
+        padding: (top, bottom, left, right) pixels of value z (or 0) around the (upsampled) image, 4-D only.
+        out_dtype: of the result without a quantization; x's by default.
+
+    Returns:
+        int8 or floating [N, C, *spatial'], channels innermost in memory.
+
+    Raises:
+        TypeError, ValueError: an argument's type or shape; the message names it.
+    """
+    check_floating("x", x)
+    if x.dim() < 3 or not x.shape[1]:
+        raise ValueError(f"x must be [N, C, *spatial], got {list(x.shape)}")
+    n, spatial = len(x), x.shape[2:]
+    if x2 is not None:
+        if x2.dtype != x.dtype:
+            raise TypeError(f"x2 must be {x.dtype} like x, got {x2.dtype}")
+        if x2.dim() != x.dim() or len(x2) != n or x2.shape[2:] != spatial or not x2.shape[1]:
+            raise ValueError(f"x2 must be [{n}, C2, *{list(spatial)}] like x, got {list(x2.shape)}")
+        check_device("x2", x2, x.device)
+    channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
+    if not isinstance(groups, int) or groups < 1 or channels % groups:
+        raise ValueError(f"groups must divide the {channels} channels, got {groups!r}")
+    check_eps(eps)
+    check_placement(x, upsample, padding)
+    check_vector("weight", weight, channels, x.device)
+    check_vector("bias", bias, channels, x.device)
+    per_sample = [
+        _per_sample(name, values, n, channels, x.device)
+        for name, values in (("pre_add", pre_add), ("norm_scale", norm_scale), ("norm_shift", norm_shift))
+    ]
+    dtype = result_dtype(x, quantization, bits, out_dtype)
+    pixels = spatial.numel()
+    height, width = spatial if len(spatial) == 2 else (1, pixels)
+    out_height, out_width = placed_size(height, width, upsample, padding)
+    shape = (out_height, out_width) if len(spatial) == 2 else spatial
+    if not pixels:
+        raise ValueError(f"x must have pixels, got {list(x.shape)}")
+    out = torch.empty((n, *shape, channels), dtype=dtype, device=x.device)
+    if n:
+        rows = x.movedim(1, -1).reshape(n, pixels, -1).contiguous()
+        rows2 = None if x2 is None else x2.movedim(1, -1).reshape(n, pixels, -1).contiguous()
+        affine = affine_of(rows, rows2, groups, weight, bias, eps, *per_sample)
+        block_p, block_c = block_shape(out_height * out_width, *widths(rows, rows2))
+        blocks = sum(triton.cdiv(size, block_c) for size in widths(rows, rows2))
+        tiles = tiles_per_program(triton.cdiv(out_height * out_width, block_p), blocks * n)
+        _apply_kernel[(blocks, triton.cdiv(out_height * out_width, block_p * tiles), n)](
+            rows, rows2, affine, quantization, out, pixels, x.shape[1], channels - x.shape[1], height, width,
+            out_height, out_width, padding[0], padding[2], tiles, SILU=silu, BITS=bits, UPSAMPLE=upsample,
+            PLACED=upsample > 1 or any(padding), BLOCK_P=block_p, BLOCK_C=block_c, ASM=ASSEMBLY,
+        )  # fmt: skip
+    return out.movedim(-1, 1)
+
+
+def _per_sample(name: str, values: Tensor | None, n: int, channels: int, device: torch.device) -> Tensor | None:
+    """values [C] or [N, C] as [N, C] with adjacent channels; rows may share memory."""
+    if values is None:
+        return None
+    check_floating(name, values)
+    check_device(name, values, device)
+    if tuple(values.shape) not in ((channels,), (n, channels)):
+        raise ValueError(f"{name} must be [{channels}] or [{n}, {channels}], got {list(values.shape)}")
+    dense = values if values.stride(-1) == 1 else values.contiguous()
+    return dense.expand(n, channels)
+
+
+def tiles_per_program(tiles: int, images: int) -> int:
+    """How many of an image's tiles one program takes: up to 8, as long as 1024 programs remain."""
+    return min(8, max(1, tiles * images // 1024), tiles)

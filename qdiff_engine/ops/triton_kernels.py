@@ -1,0 +1,282 @@
+"""The Triton kernels of `qdiff_kernels` as operators: NVIDIA GPUs, or any machine in Triton's interpreter, for tests.
+
+A quantisation (s, z) may be two Python numbers, or, in place of the scale, the float32 [3] tensor (s, 1 / s, z) on the
+device that the kernels read: a captured CUDA graph then follows whatever row of the table was copied there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import numerics
+from . import operands
+from .operands import ConvWeight, GemmWeight, QuantizedCopy, Segment, recent
+
+_NAME = "triton"
+OLDEST = (8, 0)  # compute capability: asynchronous copies, and int8 matrix instructions of this form
+
+
+def interpreted() -> bool:
+    """Whether Triton was told to run kernels in its interpreter, on any device, exactly and slowly."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def available() -> tuple[bool, str]:
+    """Whether Triton can run here, and on what or why not."""
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return False, f"Triton cannot be imported ({error})"
+    if interpreted():
+        return True, f"Triton {triton.__version__} in its interpreter (TRITON_INTERPRET=1): exact and slow, for tests"
+    if not torch.cuda.is_available():
+        return False, "there is no NVIDIA GPU here"
+    capability, name = torch.cuda.get_device_capability(), torch.cuda.get_device_name()
+    if capability < OLDEST:
+        found, needed = (".".join(map(str, version)) for version in (capability, OLDEST))
+        return False, f"{name} has compute capability {found}, the kernels need {needed} or newer"
+    return True, f"Triton {triton.__version__} on {name}; not yet verified on hardware"
+
+
+def _kernels(operator: str) -> Any:
+    return importlib.import_module(f"qdiff_kernels.{operator}")
+
+
+def _quantization(scale: float | Tensor | None, zero_point: int | None, device: torch.device) -> Tensor | None:
+    if scale is None or isinstance(scale, Tensor):
+        return scale
+    assert zero_point is not None
+    return torch.tensor([scale, numerics.inverse_scale(scale), zero_point], device=device)
+
+
+def quantize(
+    x: Tensor,
+    scale: float | Tensor,
+    zero_point: int,
+    bits: int,
+    *,
+    activation: str = "none",
+    channel_inverse: Tensor | None = None,
+    upsample: int = 1,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    storage: torch.dtype = torch.int8,
+) -> Tensor:
+    """q[..., k] = clamp(round_half_even(activation(x[..., k]) * inv) + z); see `ops.quantize`."""
+    _check_scale(x, scale, zero_point, bits, upsample, padding, storage)
+    quantization = _quantization(scale, zero_point, x.device)
+    q = _kernels("quantize").quantize(
+        x, quantization, bits, activation=activation, channel_inverse=channel_inverse, upsample=upsample,
+        padding=padding,
+    )  # fmt: skip
+    return numerics.stored(q, storage)
+
+
+def _check_scale(
+    x: Tensor, scale: float | Tensor | None, zero_point: int, bits: int, upsample: int, padding: Any, storage: Any
+) -> None:
+    number = None if isinstance(scale, Tensor) else scale  # what the device holds was checked when the table was made
+    operands.check_quantize(x, number, zero_point, bits, upsample, padding, storage)
+
+
+def groupnorm_silu_quantize(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float | Tensor | None,
+    zero_point: int,
+    bits: int,
+    *,
+    silu: bool = True,
+    x2: Tensor | None = None,
+    pre_add: Tensor | None = None,
+    norm_scale: Tensor | None = None,
+    norm_shift: Tensor | None = None,
+    upsample: int = 1,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    copies: Sequence[QuantizedCopy | None] = (),
+    storage: torch.dtype = torch.int8,
+) -> Tensor:
+    """q = quantize(silu(group_norm(cat(x, x2) + pre_add) * (1 + norm_scale) + norm_shift)).
+
+    See `ops.groupnorm_silu_quantize`.
+    """
+    _check_scale(x, scale, zero_point, bits, upsample, padding, storage)
+    inputs = [part for part in (x, x2) if part is not None]
+    operands.check_copies(inputs, copies, storage)
+    for part, copy in zip(inputs, copies, strict=False):
+        if copy is not None:
+            copy.out.copy_(quantize(part, copy.scale, copy.zero_point, copy.bits, storage=storage))
+    q = _kernels("groupnorm_silu_quantize").groupnorm_silu_quantize(
+        x, groups, weight, bias, eps, _quantization(scale, zero_point, x.device), bits, silu=silu, x2=x2,
+        pre_add=pre_add, norm_scale=norm_scale, norm_shift=norm_shift, upsample=upsample, padding=padding,
+    )  # fmt: skip
+    return q if scale is None else numerics.stored(q, storage)
+
+
+def layernorm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float | Tensor | None,
+    zero_point: int,
+    bits: int,
+    *,
+    storage: torch.dtype = torch.int8,
+) -> Tensor:
+    """q[..., k] = quantize(layer_norm(x)[..., k]); see `ops.layernorm_quantize`."""
+    _check_scale(x, scale, zero_point, bits, 1, (0, 0, 0, 0), storage)
+    quantization = _quantization(scale, zero_point, x.device)
+    q = _kernels("layernorm_quantize").layernorm_quantize(x, weight, bias, eps, quantization, bits)
+    return q if scale is None else numerics.stored(q, storage)
+
+
+def int_gemm(
+    q: Tensor,
+    weight: GemmWeight,
+    scale: float | Tensor | None,
+    zero_point: int | None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    reuse_residual: bool = False,
+    output_scale: Tensor | None = None,
+) -> Tensor:
+    """y[m, n] = s s_w[n] o[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n]; see `ops.int_gemm`."""
+    operands.check_gemm(q, weight, scale, zero_point, bias, residual, output_scale)
+    packed = weight.prepared.get(_NAME)
+    if packed is None:
+        packed = weight.prepared[_NAME] = _kernels("packing").pack(weight.values, weight.scale, weight.bits)
+    if output_scale is not None:
+        packed = packed._replace(scale=packed.scale * output_scale)
+    return _kernels("int_gemm").int_gemm(
+        _signed(q), packed, _quantization(scale, zero_point, q.device), bias, residual=residual, out_dtype=_result(q)
+    )
+
+
+def _signed(q: Tensor) -> Tensor:
+    return q if q.is_floating_point() else numerics.signed(q)
+
+
+def _result(q: Tensor) -> torch.dtype:
+    """Floating dtype of results: the activation's in mode A16, else half precision on a GPU."""
+    if q.is_floating_point():
+        return q.dtype
+    return torch.float16 if q.is_cuda else torch.float32
+
+
+def int_conv2d(
+    segments: Sequence[Segment],
+    bias: Tensor | None = None,
+    *,
+    temb: Tensor | None = None,
+    residual: Tensor | None = None,
+    reuse_residual: bool = False,
+    output_scale: Tensor | None = None,
+) -> Tensor:
+    """y = sum over segments of s s_w (acc - z wsum[class]) + bias + temb + residual; see `ops.int_conv2d`."""
+    operands.check_conv2d(segments, bias, temb, residual, output_scale)
+    y, terms = None, {"bias": bias, "temb": temb, "residual": residual}
+    for part in _launches(segments):
+        y = (
+            _grouped(part[0], output_scale, **terms)
+            if part[0].weight.groups > 1
+            else _convolve(part, output_scale, **terms)
+        )
+        terms = {"bias": None, "temb": None, "residual": y}
+    assert y is not None
+    return y
+
+
+def _launches(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Segments in the order given, two to a launch where the kernel takes two: of one kind, and without groups."""
+    launches: list[list[Segment]] = []
+    for segment in segments:
+        kind = (segment.q.is_floating_point(), segment.weight.groups)
+        last = launches[-1] if launches else []
+        if len(last) == 1 and kind == (last[0].q.is_floating_point(), 1) == (kind[0], last[0].weight.groups):
+            last.append(segment)
+        else:
+            launches.append([segment])
+    return launches
+
+
+def _grouped(
+    segment: Segment,
+    output_scale: Tensor | None,
+    bias: Tensor | None,
+    temb: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """One launch per group, side by side in the output."""
+    weight, groups = segment.weight, segment.weight.groups
+    parts = weight.prepared.get(_NAME)
+    if parts is None:
+        parts = weight.prepared[_NAME] = [
+            dataclasses.replace(weight, values=values, scale=scale, sums=sums, groups=1, prepared={})
+            for values, scale, sums in zip(
+                weight.values.chunk(groups), weight.scale.chunk(groups), weight.sums.chunk(groups), strict=True
+            )
+        ]
+
+    def share(term: Tensor | None, axis: int) -> Sequence[Tensor | None]:
+        return [None] * groups if term is None else term.chunk(groups, axis)
+
+    outputs = [
+        _convolve([segment._replace(q=q, weight=part)], scale, b, t, r)
+        for q, part, scale, b, t, r in zip(
+            segment.q.chunk(groups, 1), parts, share(output_scale, 0), share(bias, 0), share(temb, 1),
+            share(residual, 1), strict=True,
+        )
+    ]  # fmt: skip
+    return torch.cat(outputs, 1).contiguous(memory_format=torch.channels_last)
+
+
+def _convolve(
+    segments: Sequence[Segment],
+    output_scale: Tensor | None,
+    bias: Tensor | None,
+    temb: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    module, weight = _kernels("int_conv2d"), segments[0].weight
+    height, width = segments[0].q.shape[2:]
+    geometry = module.Geometry(tuple(weight.values.shape[2:]), weight.stride, weight.padding, weight.dilation)
+    parts, class_index = [], None
+    for q, weight, scale, zero_point, _ in segments:
+        packed, class_index = _packed(weight, height, width)
+        if output_scale is not None:
+            packed = packed._replace(scale=packed.scale * output_scale)
+        parts.append(module.Segment(_signed(q), packed, _quantization(scale, zero_point, q.device)))
+    return module.int_conv2d(
+        parts, geometry, class_index, bias, temb=temb, residual=residual, out_dtype=_result(segments[0].q)
+    )
+
+
+def _packed(weight: ConvWeight, height: int, width: int) -> tuple[Any, Tensor]:
+    """The kernel's weight and the border classes of an image size, on the weight's device; the values exist once."""
+    prepared = weight.prepared.get(_NAME)
+    if prepared is None:
+        packing, order = _kernels("packing"), _kernels("int_conv2d").pack_order
+        prepared = weight.prepared[_NAME] = packing.pack(order(weight.values), weight.scale, weight.bits), {}
+    packed, by_size = prepared
+
+    def classes() -> tuple[Tensor, Tensor]:
+        found = numerics.border_classes(
+            weight.values.cpu(), (height, width), weight.stride, weight.padding, weight.dilation
+        )
+        sums = found.sums * (16 if weight.bits == 4 else 1)  # the kernel sees 4-bit values 16 times as large
+        index = found.index.flatten().to(torch.int32)
+        return sums.to(weight.values.device), index.to(weight.values.device)
+
+    sums, index = recent(by_size, (height, width), classes)
+    return packed._replace(sums=sums), index
