@@ -153,17 +153,22 @@ def check_gemm(
     bias: Tensor | None,
     residual: Tensor | None,
     output_scale: Tensor | None,
+    *,
+    half: bool = False,
 ) -> None:
-    """Raise TypeError or ValueError where the operands of `int_gemm` do not fit together."""
+    """Raise TypeError or ValueError where the operands of `int_gemm` do not fit.
+
+    half: bias, residual and time embedding may be of any floating dtype, not only float32.
+    """
     if not isinstance(weight, GemmWeight):
         raise TypeError(f"weight must come from pack_gemm, got {type(weight).__name__}")
     n, k = weight.values.shape
     _check_activation(q, scale, zero_point)
     if q.dim() == 0 or q.shape[-1] != k:
         raise ValueError(f"q must be [..., {k}] for a weight [{n}, {k}], got {list(q.shape)}")
-    _check_float("bias", bias, (n,))
+    _check_float("bias", bias, (n,), half)
     _check_float("output_scale", output_scale, (n,))
-    _check_float("residual", residual, (*q.shape[:-1], n))
+    _check_float("residual", residual, (*q.shape[:-1], n), half)
 
 
 def check_conv2d(
@@ -172,8 +177,13 @@ def check_conv2d(
     temb: Tensor | None,
     residual: Tensor | None,
     output_scale: Tensor | None,
+    *,
+    half: bool = False,
 ) -> None:
-    """Raise TypeError or ValueError where the operands of `int_conv2d` do not fit together."""
+    """Raise TypeError or ValueError where the operands of `int_conv2d` do not fit.
+
+    half: bias, residual and time embedding may be of any floating dtype, not only float32.
+    """
     if not segments:
         raise ValueError("segments must hold at least one Segment, got none")
     shape = None
@@ -191,11 +201,11 @@ def check_conv2d(
             raise ValueError(f"segments must give one output shape, got {list(shape or ())} and {list(output)}")
         shape = output
     assert shape is not None
-    _check_float("bias", bias, shape[1:2])
+    _check_float("bias", bias, shape[1:2], half)
     _check_float("output_scale", output_scale, shape[1:2])
-    _check_float("residual", residual, shape)
+    _check_float("residual", residual, shape, half)
     if temb is not None and tuple(temb.shape) != (1, shape[1]):
-        _check_float("temb", temb, shape[:2])
+        _check_float("temb", temb, shape[:2], half)
 
 
 def _check_activation(q: Tensor, scale: float | Tensor | None, zero_point: int | None) -> None:
@@ -207,9 +217,13 @@ def _check_activation(q: Tensor, scale: float | Tensor | None, zero_point: int |
         raise ValueError(f"scale and zero_point are needed for an integer q, got {scale} and {zero_point}")
 
 
-def _check_float(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    if tensor is not None and (tensor.dtype != torch.float32 or tuple(tensor.shape) != tuple(shape)):
-        raise ValueError(f"{name} must be float32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+def _check_float(name: str, tensor: Tensor | None, shape: tuple[int, ...], half: bool = False) -> None:
+    if tensor is None:
+        return
+    fits = tensor.dtype == torch.float32 or (half and tensor.is_floating_point())
+    if not fits or tuple(tensor.shape) != tuple(shape):
+        wanted = "floating" if half else "float32"
+        raise ValueError(f"{name} must be {wanted} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
 
 
 def check_copies(inputs: Sequence[Tensor], copies: Sequence[QuantizedCopy | None], storage: torch.dtype) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,28 +150,22 @@ def int_gemm(
     residual: Tensor | None = None,
     reuse_residual: bool = False,
     output_scale: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """y[m, n] = s s_w[n] o[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n]; see `ops.int_gemm`."""
-    operands.check_gemm(q, weight, scale, zero_point, bias, residual, output_scale)
+    operands.check_gemm(q, weight, scale, zero_point, bias, residual, output_scale, half=True)
     packed = weight.prepared.get(_NAME)
     if packed is None:
         packed = weight.prepared[_NAME] = _kernels("packing").pack(weight.values, weight.scale, weight.bits)
     if output_scale is not None:
         packed = packed._replace(scale=packed.scale * output_scale)
     return _kernels("int_gemm").int_gemm(
-        _signed(q), packed, _quantization(scale, zero_point, q.device), bias, residual=residual, out_dtype=_result(q)
+        _signed(q), packed, _quantization(scale, zero_point, q.device), bias, residual=residual, out_dtype=out_dtype
     )
 
 
 def _signed(q: Tensor) -> Tensor:
     return q if q.is_floating_point() else numerics.signed(q)
-
-
-def _result(q: Tensor) -> torch.dtype:
-    """Floating dtype of results: the activation's in mode A16, else half precision on a GPU."""
-    if q.is_floating_point():
-        return q.dtype
-    return torch.float16 if q.is_cuda else torch.float32
 
 
 def int_conv2d(
@@ -182,19 +176,25 @@ def int_conv2d(
     residual: Tensor | None = None,
     reuse_residual: bool = False,
     output_scale: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """y = sum over segments of s s_w (acc - z wsum[class]) + bias + temb + residual; see `ops.int_conv2d`."""
-    operands.check_conv2d(segments, bias, temb, residual, output_scale)
-    y, terms = None, {"bias": bias, "temb": temb, "residual": residual}
+    operands.check_conv2d(segments, bias, temb, residual, output_scale, half=True)
+    y, terms = None, _Terms(output_scale, bias, temb, residual)
     for part in _launches(segments):
-        y = (
-            _grouped(part[0], output_scale, **terms)
-            if part[0].weight.groups > 1
-            else _convolve(part, output_scale, **terms)
-        )
-        terms = {"bias": None, "temb": None, "residual": y}
+        y = _grouped(part[0], terms, out_dtype) if part[0].weight.groups > 1 else _convolve(part, terms, out_dtype)
+        terms = _Terms(output_scale, residual=y)
     assert y is not None
     return y
+
+
+class _Terms(NamedTuple):
+    """What a convolution's result is scaled with, and what is added to it."""
+
+    output_scale: Tensor | None
+    bias: Tensor | None = None
+    temb: Tensor | None = None
+    residual: Tensor | None = None
 
 
 def _launches(segments: Sequence[Segment]) -> list[list[Segment]]:
@@ -210,13 +210,7 @@ def _launches(segments: Sequence[Segment]) -> list[list[Segment]]:
     return launches
 
 
-def _grouped(
-    segment: Segment,
-    output_scale: Tensor | None,
-    bias: Tensor | None,
-    temb: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def _grouped(segment: Segment, terms: _Terms, out_dtype: torch.dtype) -> Tensor:
     """One launch per group, side by side in the output."""
     weight, groups = segment.weight, segment.weight.groups
     parts = weight.prepared.get(_NAME)
@@ -227,38 +221,28 @@ def _grouped(
                 weight.values.chunk(groups), weight.scale.chunk(groups), weight.sums.chunk(groups), strict=True
             )
         ]
-
-    def share(term: Tensor | None, axis: int) -> Sequence[Tensor | None]:
-        return [None] * groups if term is None else term.chunk(groups, axis)
-
+    axes = (0, 0, 1, 1)
+    shares = [[None] * groups if t is None else t.chunk(groups, axis) for t, axis in zip(terms, axes, strict=True)]
+    images = segment.q.chunk(groups, 1)
     outputs = [
-        _convolve([segment._replace(q=q, weight=part)], scale, b, t, r)
-        for q, part, scale, b, t, r in zip(
-            segment.q.chunk(groups, 1), parts, share(output_scale, 0), share(bias, 0), share(temb, 1),
-            share(residual, 1), strict=True,
-        )
-    ]  # fmt: skip
+        _convolve([segment._replace(q=q, weight=part)], _Terms(*share), out_dtype)
+        for q, part, share in zip(images, parts, zip(*shares, strict=True), strict=True)
+    ]
     return torch.cat(outputs, 1).contiguous(memory_format=torch.channels_last)
 
 
-def _convolve(
-    segments: Sequence[Segment],
-    output_scale: Tensor | None,
-    bias: Tensor | None,
-    temb: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def _convolve(segments: Sequence[Segment], terms: _Terms, out_dtype: torch.dtype) -> Tensor:
     module, weight = _kernels("int_conv2d"), segments[0].weight
     height, width = segments[0].q.shape[2:]
     geometry = module.Geometry(tuple(weight.values.shape[2:]), weight.stride, weight.padding, weight.dilation)
     parts, class_index = [], None
     for q, weight, scale, zero_point, _ in segments:
         packed, class_index = _packed(weight, height, width)
-        if output_scale is not None:
-            packed = packed._replace(scale=packed.scale * output_scale)
+        if terms.output_scale is not None:
+            packed = packed._replace(scale=packed.scale * terms.output_scale)
         parts.append(module.Segment(_signed(q), packed, _quantization(scale, zero_point, q.device)))
     return module.int_conv2d(
-        parts, geometry, class_index, bias, temb=temb, residual=residual, out_dtype=_result(segments[0].q)
+        parts, geometry, class_index, terms.bias, temb=terms.temb, residual=terms.residual, out_dtype=out_dtype
     )
 
 

@@ -6,6 +6,8 @@ constants of the calibrated row that serves the timestep. Slots are emptied afte
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,9 +34,12 @@ _CACHED_BYTES = 16 << 20  # of timestep-only values kept between calls
 
 @dataclass(frozen=True)
 class Row:
-    """Host copy of a table row: (scale, zero point, bits) per site, and the output's affine correction."""
+    """A table row: (scale, zero point, bits) per site, and the output's affine correction.
 
-    sites: tuple[tuple[float, int, int], ...]
+    The scale is a number, or a device's tensor (s, 1 / s, z) that holds the zero point too.
+    """
+
+    sites: tuple[tuple[Any, int, int], ...]
     output_scale: Tensor | None
     output_shift: Tensor | None
 
@@ -64,24 +69,32 @@ class Program:
         table: Table,
         device: torch.device,
         backend: str | None = None,
+        lower: Callable[[Graph], Graph] = lower_for_cpu,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        native.keep_freed_memory()
-        lowered = lower_for_cpu(graph)
+        if device.type == "cpu":
+            native.keep_freed_memory()
+        lowered = lower(graph)
         self.rows = make_rows(table)
         self.inputs = tuple(lowered.inputs)
-        compiler = _Compiler(lowered, weights, constants, table, device, backend)
+        compiler = _Compiler(lowered, weights, constants, table, device, backend, dtype)
         self.slots = compiler.slots
         self.sections = {name: compiler.section(name) for name in ("prompt", "time", "main")}
         self.output = compiler.slots[graph.output]
         self.folds_correction = compiler.corrected_layer is not None
         self._kept = {name: compiler.kept_after(name) for name in ("prompt", "time")}
         self._batched = {self.slots[node.name] for node in lowered.nodes if node.shape[:1] == ("B",)}
-        self._prompts = _Cache(limit=4)
-        self._times = _Cache(limit=_CACHED_TIMESTEPS)
+        by_identity = device.type != "cpu"
+        self._prompts = _Cache(limit=4, by_identity=by_identity)
+        self._times = _Cache(limit=_CACHED_TIMESTEPS, by_identity=by_identity)
 
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, Tensor], timestep: float, row: int) -> Tensor:
         """Output for ``inputs`` (every graph input by name); ``timestep`` is the value in inputs["timestep"]."""
+        return self.main(*self.before_main(inputs, timestep, row))
+
+    def before_main(self, inputs: Mapping[str, Tensor], timestep: float, row: int) -> tuple[Values, Row]:
+        """Inputs, and what the prompt and the timestep alone determine: computed, or remembered from another step."""
         values: Values = [None] * len(self.slots)
         for name in self.inputs:
             values[self.slots[name]] = inputs[name]
@@ -90,6 +103,10 @@ class Program:
         constants = self.rows[row]
         self._cached("prompt", self._prompts, (batch,), conditioning, values, constants)
         self._cached("time", self._times, (batch, timestep), conditioning, values, constants)
+        return values, constants
+
+    def main(self, values: Values, constants: Row) -> Tensor:
+        """The part that depends on the latents; ``values`` are emptied on the way."""
         for instruction in self.sections["main"]:
             instruction(values, constants)
         output, a, b = values[self.output], constants.output_scale, constants.output_shift
@@ -132,10 +149,14 @@ class Program:
 
 
 class _Cache:
-    """Least recently used values by key; conditioning is compared by content, never by identity."""
+    """Least recently used values by key.
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    Conditioning is compared by content; by identity where a comparison would make the host wait for a device: there the
+    caller hands over the same tensor only while its content stays the same.
+    """
+
+    def __init__(self, limit: int, by_identity: bool = False) -> None:
+        self.limit, self.by_identity = limit, by_identity
         self.bytes = 0
         self.entries: OrderedDict[tuple, tuple[list[Tensor], list[tuple[int, Any]], int]] = OrderedDict()
 
@@ -143,7 +164,8 @@ class _Cache:
         entry = self.entries.get(key)
         if entry is None or len(entry[0]) != len(conditioning):
             return None
-        if not all(torch.equal(a, b) for a, b in zip(entry[0], conditioning, strict=True)):
+        equal = operator.is_ if self.by_identity else torch.equal
+        if not all(equal(a, b) for a, b in zip(entry[0], conditioning, strict=True)):
             return None
         self.entries.move_to_end(key)
         return entry[1]
@@ -151,7 +173,7 @@ class _Cache:
     def put(self, key: tuple, conditioning: list[Tensor], kept: list[tuple[int, Any]]) -> None:
         size = sum(v.numel() * v.element_size() for _, v in kept if isinstance(v, Tensor))
         self._drop(key)
-        self.entries[key] = ([c.clone() for c in conditioning], kept, size)
+        self.entries[key] = ([c if self.by_identity else c.clone() for c in conditioning], kept, size)
         self.bytes += size
         while len(self.entries) > 1 and (len(self.entries) > self.limit or self.bytes > _CACHED_BYTES):
             self._drop(next(iter(self.entries)))
@@ -170,8 +192,14 @@ class _Compiler:
         table: Table,
         device: torch.device,
         backend: str | None,
+        dtype: torch.dtype,
     ) -> None:
-        self.graph, self.weights, self.constants, self.device = graph, weights, constants, device
+        self.graph, self.weights, self.device = graph, weights, device
+        self.constants = {name: value.to(device) for name, value in constants.items()}
+        self.dtype = dtype
+        self.out = (
+            {} if dtype == torch.float32 else {"out_dtype": dtype}
+        )  # of products; float32 is every kernel's default
         self.slots = {name: i for i, name in enumerate([*graph.inputs, *(node.name for node in graph.nodes)])}
         self.columns = {site: i for i, site in enumerate(table.sites)}
         self.quantizers = graph.quantizer_of()
@@ -257,7 +285,10 @@ class _Compiler:
             function = _linear_by_sample
 
         def known(value: Any) -> Any:
-            return self.constants[value.key] if isinstance(value, Const) else value
+            if not isinstance(value, Const):
+                return value
+            constant = self.constants[value.key]
+            return constant.to(self.dtype) if node.section == "main" and constant.is_floating_point() else constant
 
         args, kwargs = map_leaves(node.args, known), map_leaves(node.kwargs, known)
         nested = any(isinstance(a, tuple) for a in args) or kwargs
@@ -400,19 +431,26 @@ class _Compiler:
         column = self.columns[self.quantizers[node.args[0].name].kwargs["site"]]
         weight, bias = self._gemm_constants(node.kwargs["layer"], node.kwargs["bias"])
         residual = self.value(node.kwargs["residual"])
-        reuse = self._residual_dies(index, node.kwargs["residual"])
+        reuse, extra = self._residual_dies(index, node.kwargs["residual"]), self.out
 
         def run(values: Values, row: Row) -> None:
             scale, zero_point, bits = row.sites[column]
             affine = (None, None) if bits == 16 else (scale, zero_point)
-            values[out] = kernel(values[read], weight, *affine, bias, residual=residual(values), reuse_residual=reuse)
+            values[out] = kernel(
+                values[read], weight, *affine, bias, residual=residual(values), reuse_residual=reuse, **extra
+            )
 
         return run
+
+    def _on_device(self, weight: QuantizedWeight) -> QuantizedWeight:
+        if self.device.type == "cpu":
+            return weight
+        return dataclasses.replace(weight, values=weight.values.to(self.device), scale=weight.scale.to(self.device))
 
     def _gemm_constants(self, layer: Any, bias: Any) -> tuple[ops.GemmWeight, Tensor | None]:
         """Weight and bias of a product, or of several that the lowering merged: then both arguments are tuples."""
         layers, biases = (layer, bias) if isinstance(layer, tuple) else ((layer,), (bias,))
-        parts = [self.weights[name][0] for name in layers]
+        parts = [self._on_device(self.weights[name][0]) for name in layers]
         bits = max(p.bits for p in parts)
         weight = ops.pack_gemm(torch.cat([p.values for p in parts]), torch.cat([p.scale for p in parts]), bits)
         if biases[0] is None:
@@ -422,12 +460,13 @@ class _Compiler:
     def int_conv2d(self, index: int, node: Node) -> Instruction:
         kernel, out, k = self.kernels["int_conv2d"], self.slots[node.name], node.kwargs
         geometry = {name: k[name] for name in ("stride", "padding", "dilation", "groups")}
-        weights = [ops.pack_conv2d(w.values, w.scale, **geometry, bits=w.bits) for w in self.weights[k["layer"]]]
+        packed = [self._on_device(w) for w in self.weights[k["layer"]]]
+        weights = [ops.pack_conv2d(w.values, w.scale, **geometry, bits=w.bits) for w in packed]
         columns = [self.columns[self.quantizers[ref.name].kwargs["site"]] for ref in node.args]
         parts = list(zip((self.slots[ref.name] for ref in node.args), weights, columns, strict=True))
         constant_bias, upsample, corrected = self.value(k["bias"])([]), k["upsample"], self._corrected(node)
         temb, residual = self.value(k["temb"]), self.value(k["residual"])
-        reuse = self._residual_dies(index, k["residual"])
+        reuse, extra = self._residual_dies(index, k["residual"]), self.out
 
         def run(values: Values, row: Row) -> None:
             segments = []
@@ -446,6 +485,7 @@ class _Compiler:
                 residual=residual(values),
                 reuse_residual=reuse,
                 output_scale=output_scale,
+                **extra,
             )
 
         return run

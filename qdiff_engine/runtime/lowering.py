@@ -18,6 +18,16 @@ _PLACING = ("quantize", "groupnorm_silu_quantize")
 
 def lower_for_cpu(graph: Graph) -> Graph:
     """A copy of ``graph`` whose quantisers carry ``upsample`` and ``padding``, and whose norms carry ``pre_add``."""
+    lowered = lower_for_gpu(graph)
+    _embeddings_to_norms(lowered)
+    _placement_to_quantizers(lowered)
+    _copies_to_norms(lowered)
+    _attention_to_kernel(lowered)
+    return lowered
+
+
+def lower_for_gpu(graph: Graph) -> Graph:
+    """A copy of ``graph`` with merged products: a GPU's convolution adds, pads and upsamples by itself."""
     lowered = Graph(dict(graph.inputs), [copy.copy(node) for node in graph.nodes], graph.output)
     for node in lowered.nodes:
         node.kwargs = dict(node.kwargs)
@@ -26,10 +36,6 @@ def lower_for_cpu(graph: Graph) -> Graph:
         if node.op == "groupnorm_silu_quantize":
             node.kwargs |= {"pre_add": None, "copies": {}}
     _merge_products(lowered)
-    _embeddings_to_norms(lowered)
-    _placement_to_quantizers(lowered)
-    _copies_to_norms(lowered)
-    _attention_to_kernel(lowered)
     return lowered
 
 

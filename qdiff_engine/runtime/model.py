@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..graph.interpret import flatten_conditioning
 from ..graph.ir import Const, Graph, Ref, sizes
 from ..recipe import Recipe
@@ -17,6 +18,8 @@ from ..tables import Table
 from ..weights import QuantizedWeight
 from .artifact import Artifact, load_artifact, save_artifact
 from .executor import Program
+from .host_values import HostValues
+from .replay import CudaGraphs, ReplayedProgram, run_again
 
 
 class UNetOutput(NamedTuple):
@@ -44,8 +47,12 @@ class IntegerUNet(nn.Module):
     Args:
         graph, weights, constants, table: what is executed; see `Artifact`.
         recipe, key, model_config: what was asked for, what it belongs to, the original configuration.
-        device: "cpu".
+        device: "cpu" or "cuda".
         backend: a backend's name to insist on; the fastest available one by default.
+        dtype: floating dtype between the integer layers; float32 on a CPU, by default float16 on a GPU.
+        graphs: replay CUDA graphs on a GPU; False launches kernel by kernel.
+        check: look for NaN and values out of range in every call's tensors, for which the host waits for a GPU; by
+            default on a CPU only.
     """
 
     def __init__(
@@ -59,6 +66,9 @@ class IntegerUNet(nn.Module):
         model_config: dict[str, Any],
         device: str | torch.device = "cpu",
         backend: str | None = None,
+        dtype: torch.dtype | None = None,
+        graphs: bool = True,
+        check: bool | None = None,
     ) -> None:
         super().__init__()
         self.graph, self.weights, self.constants, self.table = graph, weights, constants, table
@@ -66,7 +76,17 @@ class IntegerUNet(nn.Module):
         self.config = Config(model_config)
         self._device = _usable_device(device)
         self._categories = _categories(graph, constants)
-        self.program = Program(graph, weights, constants, table, self._device, backend)
+        self._dtype = _usable_dtype(dtype, self._device)
+        self._check = self._device.type == "cpu" if check is None else check
+        self._host = HostValues()
+        self.program: Program
+        if self._device.type == "cpu":
+            self.program = Program(graph, weights, constants, table, self._device, backend)
+        else:
+            record = CudaGraphs() if graphs else run_again
+            self.program = ReplayedProgram(
+                graph, weights, constants, table, self._device, backend, record=record, dtype=self._dtype
+            )
         self._last_timestep = _schedule_end(key)
         self.training = False
 
@@ -77,8 +97,8 @@ class IntegerUNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating dtype of inputs and outputs."""
-        return torch.float32
+        """Floating dtype between the layers; inputs of any other are converted, outputs have the input's."""
+        return self._dtype
 
     def forward(
         self,
@@ -104,8 +124,8 @@ class IntegerUNet(nn.Module):
         given = {"encoder_hidden_states": encoder_hidden_states, "class_labels": class_labels, **conditioning}
         sample = self._checked_sample(sample)
         value = self._checked_timestep(timestep, len(sample))
-        inputs = {"sample": sample.float().contiguous(memory_format=torch.channels_last)}
-        inputs["timestep"] = timestep_tensor(value, len(sample))
+        inputs = {"sample": sample.to(self._dtype).contiguous(memory_format=torch.channels_last)}
+        inputs["timestep"] = timestep_tensor(value, len(sample)).to(self._device, non_blocking=True)
         inputs.update(self._checked_conditioning(given, len(sample)))
         output = self.program.run(inputs, value, self.table.row(value))
         # a copy: an ordinary tensor that the caller may change in place, laid out as other UNets' outputs are
@@ -121,7 +141,7 @@ class IntegerUNet(nn.Module):
             raise ValueError(f"sample must be [B, {', '.join(map(str, expected[1:]))}], got {list(sample.shape)}")
         if sample.device.type != self._device.type:
             raise ValueError(f"sample is on {sample.device}, the model on {self._device}")
-        if not bool(torch.isfinite(sample).all()):
+        if self._check and not bool(torch.isfinite(sample).all()):
             raise ValueError("sample holds NaN or infinity")
         return sample
 
@@ -133,10 +153,9 @@ class IntegerUNet(nn.Module):
                 )
             if timestep.dtype == torch.bool or timestep.is_complex():
                 raise TypeError(f"timestep must hold real numbers, got {timestep.dtype}")
-            first = timestep.reshape(-1)[0]
-            if not bool((timestep == first).all()):
+            if self._check and not bool((timestep == timestep.reshape(-1)[0]).all()):
                 raise ValueError("timestep must hold one value: all samples of a call are at the same step")
-            value = float(first)
+            value = self._host.first(timestep)
         elif isinstance(timestep, int | float) and not isinstance(timestep, bool):
             value = float(timestep)
         else:
@@ -166,6 +185,13 @@ class IntegerUNet(nn.Module):
         return flat
 
     def _checked_values(self, name: str, value: Tensor) -> Tensor:
+        if self._check:
+            self._check_values(name, value)
+        if self._device.type != "cpu":
+            return self._host.snapshot(name, value)
+        return value.float() if value.is_floating_point() else value
+
+    def _check_values(self, name: str, value: Tensor) -> None:
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} holds NaN or infinity")
         count = self._categories.get(name)
@@ -174,7 +200,6 @@ class IntegerUNet(nn.Module):
                 raise TypeError(f"{name} must hold integers, got {value.dtype}")
             if not bool(((value >= 0) & (value < count)).all()):
                 raise ValueError(f"{name} must lie in [0, {count - 1}], got {value.tolist()}")
-        return value.float() if value.is_floating_point() else value
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the artifact: config.json, graph.json, model.safetensors; whole or not at all.
@@ -208,19 +233,29 @@ class IntegerUNet(nn.Module):
         return f"weight_bits={recipe.weight_bits}, rows={len(self.table.timesteps)}, layers={len(self.weights)}"
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu", backend: str | None = None) -> IntegerUNet:
+def load(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    backend: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    graphs: bool = True,
+    check: bool | None = None,
+) -> IntegerUNet:
     """The model saved in ``folder``; needs neither diffusers nor the class of the original network.
 
     Args:
         folder: an artifact folder, possibly from a stranger: it is checked, and holds no code.
-        device: "cpu".
+        device: "cpu" or "cuda".
         backend: a backend's name to insist on.
+        dtype, graphs, check: as of `IntegerUNet`.
 
     Raises:
         ValueError, OSError: the artifact is missing, damaged or of another version; the device is not supported.
     """
     artifact = load_artifact(folder)
-    return IntegerUNet(**{name: getattr(artifact, name) for name in _FIELDS}, device=device, backend=backend)
+    parts = {name: getattr(artifact, name) for name in _FIELDS}
+    return IntegerUNet(**parts, device=device, backend=backend, dtype=dtype, graphs=graphs, check=check)
 
 
 _FIELDS = ("graph", "weights", "constants", "table", "recipe", "key", "model_config")
@@ -230,10 +265,25 @@ def _usable_device(device: str | torch.device) -> torch.device:
     try:
         usable = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device must be 'cpu', got {device!r}") from error
-    if usable.type != "cpu":
-        raise ValueError(f"device must be 'cpu', got {str(device)!r}: this version has no kernels for other devices")
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from error
+    if usable.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {str(device)!r}")
+    if usable.type == "cuda":
+        status = ops.backends()["triton"]
+        if not torch.cuda.is_available() or not status["available"]:
+            reason = status["reason"] if torch.cuda.is_available() else "there is no NVIDIA GPU here"
+            raise ValueError(f"device {str(device)!r} cannot be used: {reason}")
     return usable
+
+
+def _usable_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+    if device.type == "cpu":
+        if dtype not in (None, torch.float32):
+            raise ValueError(f"dtype must be torch.float32 on a CPU, got {dtype}")
+        return torch.float32
+    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype must be torch.float16, torch.bfloat16 or torch.float32, got {dtype}")
+    return dtype or torch.float16
 
 
 def _categories(graph: Graph, constants: Mapping[str, Tensor]) -> dict[str, int]:

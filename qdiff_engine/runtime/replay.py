@@ -1,0 +1,144 @@
+"""The program on a device that replays recorded work: fixed addresses, one recording per batch size and mode.
+
+A step copies the row of the table, the latents and what the timestep gave to the addresses the recording reads, and
+replays it: nothing is dispatched, allocated or waited for layer by layer. On a GPU a recording is a CUDA graph; any
+other way to repeat a function will do, and ``record=run_again`` simply calls it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import numerics
+from ..graph.ir import Graph
+from ..tables import Table
+from ..weights import QuantizedWeight
+from .executor import Program, Row, Values
+from .lowering import lower_for_gpu
+
+Recorded = Callable[[], Tensor]
+Recorder = Callable[[Callable[[], Tensor]], Recorded]
+_BATCH_SIZES = 4  # recordings are kept for so many
+_WARM_UP = 2
+
+
+def run_again(function: Callable[[], Tensor]) -> Recorded:
+    """No recording: every replay calls the function."""
+    return function
+
+
+class CudaGraphs:
+    """Records functions as CUDA graphs that share one memory pool; their results are read before the next replay."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], Tensor]) -> Recorded:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels compile, libraries allocate their workspaces
+            for _ in range(_WARM_UP):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            output = function()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return output
+
+        return replay
+
+
+@dataclass
+class _Batch:
+    """Fixed addresses of one batch size, and what was recorded on them by mode."""
+
+    values: dict[int, Tensor]  # slot -> where recordings read it
+    constants: list[tuple[int, Any]]  # sizes, which a batch size determines
+    recorded: dict[tuple[int, ...], Recorded]
+
+
+class ReplayedProgram(Program):
+    """A `Program` whose main section is recorded once per batch size and mode, and replayed for every row of the mode.
+
+    Args:
+        record: how to repeat a function: `CudaGraphs()`, or `run_again`.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        weights: Mapping[str, tuple[QuantizedWeight, ...]],
+        constants: Mapping[str, Tensor],
+        table: Table,
+        device: torch.device,
+        backend: str | None = None,
+        record: Recorder = run_again,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(graph, weights, constants, table, device, backend, lower=lower_for_gpu, dtype=dtype)
+        self.record = record
+        self.quantizations = quantization_rows(table).to(device)
+        self.corrections = torch.stack([table.output_scale, table.output_shift], 1).to(device)
+        self.current = self.quantizations[0].clone()
+        self.corrected = self.corrections[0].clone()
+        identity = bool((table.output_scale == 1).all()) and bool((table.output_shift == 0).all())
+        terms = (None, None) if identity else tuple(self.corrected)
+        self.modes = [tuple(bits) for bits in table.bits.tolist()]
+        self._mode_rows = {
+            mode: Row(tuple((self.current[i], 0, bits) for i, bits in enumerate(mode)), *terms)
+            for mode in set(self.modes)
+        }
+        self._batches: OrderedDict[int, _Batch] = OrderedDict()
+
+    @torch.inference_mode()
+    def run(self, inputs: Mapping[str, Tensor], timestep: float, row: int) -> Tensor:
+        """As `Program.run`; the result is overwritten by the next call."""
+        values, _ = self.before_main(inputs, timestep, row)
+        self.current.copy_(self.quantizations[row])
+        self.corrected.copy_(self.corrections[row])
+        batch = self._batch(len(inputs["sample"]), values)
+        for slot, place in batch.values.items():
+            if place is not values[slot]:
+                place.copy_(values[slot])
+        mode = self.modes[row]
+        if mode not in batch.recorded:
+            batch.recorded[mode] = self.record(lambda: self._main(batch, self._mode_rows[mode]))
+        return batch.recorded[mode]()
+
+    def _main(self, batch: _Batch, row: Row) -> Tensor:
+        values: Values = [None] * len(self.slots)
+        for slot, value in (*batch.values.items(), *batch.constants):
+            values[slot] = value
+        return self.main(values, row)
+
+    def _batch(self, size: int, values: Values) -> _Batch:
+        """The fixed addresses of a batch size, made at its first call."""
+        found = self._batches.get(size)
+        if found is None:
+            read = {self.slots[name] for name in self.inputs} | {slot for kept in self._kept.values() for slot in kept}
+            present = [(slot, values[slot]) for slot in sorted(read) if values[slot] is not None]
+            found = _Batch(
+                {slot: value.clone() for slot, value in present if isinstance(value, Tensor)},
+                [(slot, value) for slot, value in present if not isinstance(value, Tensor)],
+                {},
+            )
+            self._batches[size] = found
+            if len(self._batches) > _BATCH_SIZES:
+                self._batches.popitem(last=False)
+        self._batches.move_to_end(size)
+        return found
+
+
+def quantization_rows(table: Table) -> Tensor:
+    """float32 [rows, sites, 3]: (s, float32(1 / s), z), what kernels read."""
+    inverse = torch.tensor([[numerics.inverse_scale(s) for s in row] for row in table.scale.tolist()])
+    return torch.stack([table.scale, inverse.reshape(table.scale.shape), table.zero_point.float()], dim=-1)
