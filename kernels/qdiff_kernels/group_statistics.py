@@ -105,17 +105,23 @@ def _coefficients_kernel(
     stride_pre_add,
     stride_scale,
     stride_shift,
+    share_high,
+    share_low,
     eps,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Offset, factor and constant [N, 3, C] of one sample's group of ``size`` channels, merged in float64."""
+    """Offset, factor and constant [N, 3, C] of one sample's group of ``size`` channels, merged in float64.
+
+    share_high + share_low: 1 / (pixels size) in two float32, which is what a kernel's arguments can be.
+    """
     n = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * size
     statistics += n * chunks * 2 * channels
     lane = tl.arange(0, BLOCK_C)[None, :]
     row = tl.arange(0, BLOCK_K)[:, None]
-    elements = (tl.zeros((1, 1), dtype=tl.float64) + pixels) * size
+    # float64 division and square root are calls, around which registers would be spilled: neither is needed
+    share = (tl.zeros((1, 1), dtype=tl.float64) + share_high) + share_low
     total = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float64)
     for c in range(0, size, BLOCK_C):
         channel = first + c + lane
@@ -127,7 +133,7 @@ def _coefficients_kernel(
             mean = term(statistics, chunk, 2 * channels, channel, inside)
             count = tl.minimum(chunk_pixels, pixels - chunk * chunk_pixels).to(tl.float64)
             total += tl.where(inside, count * (mean + added), 0.0)
-    mean = summed(total) / elements
+    mean = summed(total) * share
     total = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float64)
     for c in range(0, size, BLOCK_C):
         channel = first + c + lane
@@ -140,7 +146,9 @@ def _coefficients_kernel(
             squares = term(statistics + channels, chunk, 2 * channels, channel, inside)
             count = tl.minimum(chunk_pixels, pixels - chunk * chunk_pixels).to(tl.float64)
             total += tl.where(inside, squares + count * between * between, 0.0)
-    inverse = 1.0 / tl.sqrt(summed(total) / elements + eps)
+    variance = summed(total) * share + eps
+    inverse = tl.rsqrt(variance.to(tl.float32)).to(tl.float64)
+    inverse *= 1.5 - 0.5 * variance * inverse * inverse  # one Newton step: 1e-7 -> 1e-14
     for c in range(0, size, BLOCK_C):
         channel = first + c + lane
         known = c + lane < size
@@ -191,12 +199,14 @@ def affine_of(
         x, x2, statistics, pixels, channels1, channels2, tiles, BLOCK_P=block_p, BLOCK_C=block_c
     )  # fmt: skip
     coefficients = torch.empty((n, 3, channels), dtype=torch.float32, device=x.device)
-    block_k, block_c = merged_block(chunks, channels // groups)
+    block_k, block_c, warps = merged_block(chunks, channels // groups)
     strides = [0 if values is None else values.stride(0) for values in (pre_add, norm_scale, norm_shift)]
+    share = 1.0 / (pixels * (channels // groups))
+    share_high = torch.tensor(share, dtype=torch.float32).item()
     _coefficients_kernel[(groups, n)](
         statistics, weight, bias, pre_add, norm_scale, norm_shift, coefficients, pixels, tiles * block_p, chunks,
-        channels, channels // groups, *strides, eps, BLOCK_K=block_k, BLOCK_C=block_c,
-        num_warps=min(max(block_k * block_c // 256, 1), 8),
+        channels, channels // groups, *strides, share_high, share - share_high, eps, BLOCK_K=block_k, BLOCK_C=block_c,
+        num_warps=warps,
     )  # fmt: skip
     return coefficients
 
@@ -211,7 +221,12 @@ def tiles_of(pixels: int, block_p: int) -> int:
     return triton.cdiv(min(max(64, triton.cdiv(pixels, MAX_CHUNKS)), pixels), block_p)
 
 
-def merged_block(chunks: int, size: int) -> tuple[int, int]:
-    """(chunks, channels) that the merging kernel reads at a time, at most 2048 of both."""
-    block_c = min(triton.next_power_of_2(size), 128)
-    return min(triton.next_power_of_2(chunks), 2048 // block_c), block_c
+# channels read at a time -> (chunks, warps): what compiles without a spilled register on every architecture
+MERGED_BLOCKS = {16: (32, 2), 32: (16, 4), 64: (8, 4), 128: (8, 4)}
+
+
+def merged_block(chunks: int, size: int) -> tuple[int, int, int]:
+    """(chunks, channels, warps) of the merging kernel for groups of ``size`` channels."""
+    block_c = min(max(triton.next_power_of_2(size), min(MERGED_BLOCKS)), max(MERGED_BLOCKS))
+    block_k, warps = MERGED_BLOCKS[block_c]
+    return min(triton.next_power_of_2(chunks), block_k), block_c, warps

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import triton
 from compiler import Variant
+from qdiff_kernels.group_statistics import MERGED_BLOCKS
 from qdiff_kernels.tiles import NARROW, TILES, Tile, paired
 
 _MATRICES = dict.fromkeys(("weight_scale", "quantization", "bias"), "*fp32") | {
@@ -141,7 +142,7 @@ def _elementwise(
 ) -> Variant:  # fmt: skip
     """A kernel that multiplies no matrices: of all the arguments there are, those in ``absent`` are None."""
     everything = {**_SIZES, **_STRIDES, **_VECTORS, **_FLOATS, **_LATENTS, "x": "*fp16", "x2": "*fp16", "out": out}
-    everything["eps"] = "fp32"
+    everything |= dict.fromkeys(("eps", "share_high", "share_low"), "fp32")
     types = {argument: kind for argument, kind in everything.items() if argument not in {*absent, *constants}}
     return Variant(
         name, f"qdiff_kernels.{kernel}", arch, types, {"BITS": 8, "ASM": True, **constants}, _DIVISIBLE, warps
@@ -162,10 +163,11 @@ def others() -> Iterator[Variant]:
             ("channel_inverse",),
         )  # fmt: skip
         yield _elementwise("groupnorm-statistics", "group_statistics:_statistics_kernel", arch, block)
-        yield _elementwise(
-            "groupnorm-coefficients", "group_statistics:_coefficients_kernel", arch, {"BLOCK_K": 16, "BLOCK_C": 128},
-            warps=8,
-        )  # fmt: skip
+        for block_c, (block_k, warps) in MERGED_BLOCKS.items():
+            yield _elementwise(
+                f"groupnorm-coefficients-{block_c}", "group_statistics:_coefficients_kernel", arch,
+                {"BLOCK_K": block_k, "BLOCK_C": block_c}, warps=warps,
+            )  # fmt: skip
         apply = "groupnorm_silu_quantize:_apply_kernel"
         yield _elementwise("groupnorm-apply", apply, arch, {**plain, "SILU": True})
         yield _elementwise("groupnorm-apply-placed", apply, arch, {**placed, "SILU": True, "channels2": 0}, ("x2",))
