@@ -149,6 +149,10 @@ def test_doctor(run: Run) -> None:
     assert {"torch", "triton", "cuda", "gpus", "backends"} <= set(data)
     assert all(set(status) == {"available", "reason"} for status in data["backends"].values())
     assert data["verdict"].endswith(".")
+    features, exact = data["cpu"]["features"], data["backends"]["onednn"]["available"]
+    quick = any(features.get(name) for name in ("avx512_vnni", "amx_int8"))
+    if data["extension"]["built"] and exact and quick:
+        assert data["fast"] and data["verdict"].startswith("Fast for integers")
 
 
 @pytest.mark.parametrize("command", ["demo", "calibrate", "inspect", "sample", "compare", "bops", "bench", "doctor"])

@@ -36,11 +36,11 @@ def examine() -> dict[str, Any]:
     from .. import ops
     from ..ops import native
 
-    built, trouble = native.available()
+    built, reason = native.available()
     features = native.cpu_features() if built else {}
     backends = ops.backends()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    fast, verdict = judge(features, backends, trouble)
+    fast, verdict = judge(features, backends, "" if built else reason)
     return {
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -54,7 +54,7 @@ def examine() -> dict[str, Any]:
             "torch_capability": torch.backends.cpu.get_cpu_capability(),
             "features": features,
         },
-        "extension": {"built": built, "reason": trouble},
+        "extension": {"built": built, "reason": reason},
         "chosen": {operator: ops.chosen(operator, "cpu") for operator in ("int_conv2d", "groupnorm_silu_quantize")},
         "fast": fast,
         "verdict": verdict,
