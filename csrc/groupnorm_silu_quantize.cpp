@@ -84,7 +84,7 @@ struct StoreInteger {
 namespace avx512 {
 
 // silu(x) as x / (1 + 2^t): one instruction for the fraction of t, one for the power, and for the quotient an estimate
-// and a Newton step, a third of a division's time. x >= -87 keeps the power finite.
+// and a Newton step instead of a division. x >= -87 keeps the power finite.
 template <int count>
 QDIFF_INLINE void silu_lanes(__m512 x[count]) {
     __m512 t[count], f[count], p[count];

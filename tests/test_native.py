@@ -454,3 +454,10 @@ def test_empty_batches():
     assert native.quantize(torch.zeros(0, 4, 3, 3), 1.0, 0, 8).shape == (0, 4, 3, 3)
     assert native.groupnorm_silu_quantize(torch.zeros(0, 4, 3, 3), 2, None, None, 1e-5, 1.0).shape == (0, 4, 3, 3)
     assert native.int_gemm(integers(0, 4), weights(2, 4), torch.ones(2), 1.0, 0).shape == (0, 2)
+
+
+@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_malloc_is_left_alone_where_the_user_set_it(name, monkeypatch):
+    monkeypatch.setattr(native, "_kernels", lambda: pytest.fail("malloc was changed"))
+    monkeypatch.setenv(name, "1")
+    assert native.keep_freed_memory.__wrapped__() is False

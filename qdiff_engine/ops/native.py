@@ -49,8 +49,7 @@ def keep_freed_memory() -> bool:
     """Makes the C library of this process reuse freed memory, and says whether it does.
 
     Otherwise glibc returns every activation of some megabytes to the kernel, and the next layer's result is paged in
-    again: 5,000 page faults per call of a CIFAR-10 UNet at batch 8, up to a third of its time. Left alone where an
-    environment variable already says what malloc shall do.
+    again, one page fault after another. Left alone where an environment variable already says what malloc shall do.
     """
     if any(name in os.environ for name in _MALLOC_SETTINGS) or not available()[0]:
         return False

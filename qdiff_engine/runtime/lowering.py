@@ -18,7 +18,7 @@ _PLACING = ("quantize", "groupnorm_silu_quantize")
 
 def lower_for_cpu(graph: Graph) -> Graph:
     """A copy of ``graph`` whose quantisers carry ``upsample`` and ``padding``, and whose norms carry ``pre_add``."""
-    lowered = lower_for_gpu(graph)
+    lowered = _prepared(graph)
     _embeddings_to_norms(lowered)
     _placement_to_quantizers(lowered)
     _copies_to_norms(lowered)
@@ -27,7 +27,12 @@ def lower_for_cpu(graph: Graph) -> Graph:
 
 
 def lower_for_gpu(graph: Graph) -> Graph:
-    """A copy of ``graph`` with merged products: a GPU's convolution adds, pads and upsamples by itself."""
+    """A copy of ``graph`` with merged products only: a GPU's convolution pads and adds the time embedding by itself."""
+    return _prepared(graph)
+
+
+def _prepared(graph: Graph) -> Graph:
+    """A copy with merged products, and with every option that a kernel may be given still unused."""
     lowered = Graph(dict(graph.inputs), [copy.copy(node) for node in graph.nodes], graph.output)
     for node in lowered.nodes:
         node.kwargs = dict(node.kwargs)
