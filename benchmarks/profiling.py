@@ -49,7 +49,8 @@ class _Timed:
 
 def _labels(model: IntegerUNet, program: Program) -> list[tuple[str, str]]:
     """(kind, name of the layer or value) of every instruction of the main section, in order."""
-    nodes = iter([node for node in lower_for_cpu(model.graph).nodes if node.section == "main"])
+    lowered = lower_for_cpu(model.graph).nodes
+    nodes = iter([node for node in lowered if node.section == "main" and node.op != "quantized_copy"])
     labels = []
     for instruction in program.sections["main"]:
         if instruction.__qualname__.startswith("_emptying"):

@@ -173,19 +173,28 @@ def test_guided_calibration_and_sampling() -> None:
 
 
 def test_the_bundled_network(demo_unet: nn.Module, demo_scheduler: Any, tmp_path: Path) -> None:
-    """< 3 % in the calibrated rows but that of t = 0, and bit-equal after the round trip."""
-    model = quantize(demo_unet, networks.bundled_calibration(), Recipe.named("w8a8"))
+    """< 3 % in every calibrated row, at t = 0 with a plan that keeps its activations floating; bit-equal once saved.
+
+    At t = 0 the noise to be predicted is a hundredth of the image: 8 bits show in the prediction, not in the image.
+    """
+    calibration, last = networks.bundled_calibration(), 0.0
+    model = quantize(demo_unet, calibration, Recipe.named("w8a8"))
+    planned = quantize(demo_unet, calibration, Recipe.named("w8a8", plan=("A8",) * 9 + ("A16",)))
     steps: list[Step] = []
     with torch.no_grad():
         denoise(demo_unet, demo_scheduler, initial_noise((4, 1, 32, 32), 0), steps=10, on_step=steps.append)
-    errors = {step.timestep: relative(run(model, step.sample, step.timestep, {}), step.prediction) for step in steps}
+
+    def distances(integers: Any) -> dict[float, float]:
+        return {s.timestep: relative(run(integers, s.sample, s.timestep, {}), s.prediction) for s in steps}
+
+    errors, with_plan = distances(model), distances(planned)
     print(f"bundled: {', '.join(f't={t:g}: {100 * error:.2f} %' for t, error in errors.items())}")
-    last = errors.pop(0.0)
-    assert max(errors.values()) < 0.03
-    # at t = 0 the noise to be predicted is a hundredth of the image, so 8 bits show in the prediction, not in the image
+    print(f"bundled, A16 at t=0: {100 * with_plan[last]:.2f} % there")
+    assert max(with_plan.values()) < 0.03
+    assert max(error for t, error in errors.items() if t != last) < 0.03
     noise_level = float((1 - demo_scheduler.alphas_cumprod[0]).sqrt())
     prediction, latents = steps[-1].prediction, steps[-1].sample
-    assert last * noise_level * float(prediction.norm() / latents.norm()) < 0.003
+    assert errors[last] * noise_level * float(prediction.norm() / latents.norm()) < 0.003
     step = steps[5]
     inputs = networks.flat_inputs(model, step.sample, step.timestep, {})
     simulated = simulate(model.graph, model.constants, model.weights, model.table, inputs)

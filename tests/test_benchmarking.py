@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import networks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -124,6 +126,19 @@ def test_integer_calls_are_the_models(tiny: tuple[nn.Module, qe.IntegerUNet]) ->
     calls = benchmarking.integer_calls(model, benchmarking.input_sets(model, 3, None, None)[0])
     shapes = [tuple(call().shape) for call in calls]
     assert shapes == [(3, 8, 4, 4), (3, 8, 8, 8), (3, 2, 8, 8)], "the first layer is floating"
+
+
+def test_a_profile_names_every_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.profiling import OUTSIDE, profile
+
+    model = networks.integer_model("cifar")
+    ticks = itertools.count()
+    rows = profile(model, (networks.normal(2, 3, 16, 16), 500, {}), 2, clock=lambda: float(next(ticks)))
+    calls = {row["kind"]: row["calls"] for row in rows if row["share"] is not None}
+    assert sum(calls.values()) == len(model.program.sections["main"]) + 1
+    assert {"int_conv2d two segments + residual", "groupnorm_silu_quantize + two inputs + silu", OUTSIDE} <= set(calls)
+    assert "quantized_copy" not in calls, "a GroupNorm writes it"
 
 
 @pytest.mark.parametrize(
