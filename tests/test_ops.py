@@ -137,6 +137,44 @@ def test_int_gemm_epilogue(backend: str, shape: tuple[int, ...], bits: int) -> N
         assert_close(y, expected)
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+def test_int_gemm_finishes_its_result(backend: str, storage: torch.dtype) -> None:
+    """GEGLU, a quantised result and a half-precision one, of integers and of floating activations."""
+    q, weight, weight_scale, bias = (
+        integers(2, 9, 33),
+        integers(34, 33, low=-127),
+        torch.rand(34) * 0.01,
+        torch.randn(34),
+    )
+    packed = ops.pack_gemm(weight, weight_scale)
+    plain = reference.int_gemm(q, weight, weight_scale, 0.037, 3, bias)
+    for geglu in (False, True):
+        expected = reference.activate(plain, "geglu" if geglu else "none")
+        arguments = (numerics.stored(q, storage), packed, 0.037, 3, bias)
+        y = ops.int_gemm(*arguments, geglu=geglu, backend=backend)
+        assert_close(y, expected)
+        assert ops.int_gemm(*arguments, geglu=geglu, out_dtype=torch.float16, backend=backend).dtype == torch.float16
+        for bits, zero_point in ((8, -3), (4, 2)):
+            found = ops.int_gemm(*arguments, geglu=geglu, output=(0.05, zero_point, bits), backend=backend)
+            assert_steps(found, numerics.quantize(expected.float(), 0.05, zero_point, bits))
+    x = torch.randn(5, 33)
+    y = ops.int_gemm(x, packed, None, None, bias, geglu=True, backend=backend)
+    floats = x.double() @ (weight.double() * weight_scale.double()[:, None]).t() + bias
+    assert_close(y, reference.activate(floats, "geglu"))
+
+
+def test_wrong_ways_to_finish_are_named(backend: str) -> None:
+    packed, q = ops.pack_gemm(integers(9, 33, low=-127), torch.ones(9)), integers(2, 33)
+    with pytest.raises(ValueError, match="geglu needs an even number of outputs"):
+        ops.int_gemm(q, packed, 1.0, 0, geglu=True, backend=backend)
+    with pytest.raises(ValueError, match="scale must be positive"):
+        ops.int_gemm(q, packed, 1.0, 0, output=(0.0, 0, 8), backend=backend)
+    with pytest.raises(ValueError, match="zero_point must lie in"):
+        ops.int_gemm(q, packed, 1.0, 0, output=(1.0, 9, 4), backend=backend)
+    with pytest.raises(ValueError, match="upsample must be at least 1"):
+        ops.pack_conv2d(integers(2, 2, 1, 1), torch.ones(2), upsample=0)
+
+
 def test_int_gemm_reads_a_strided_activation(backend: str) -> None:
     weight = integers(17, 33, low=-127)
     q = integers(33, 9).t()
@@ -313,6 +351,26 @@ def test_an_empty_batch_gives_an_empty_image(backend: str) -> None:
     packed = ops.pack_conv2d(integers(5, 3, 3, 3), torch.ones(5), padding=(1, 1, 1, 1))
     y = ops.int_conv2d([ops.Segment(integers(0, 3, 4, 6), packed, 1.0, 7)], backend=backend)
     assert y.dtype == torch.float32 and y.shape == (0, 5, 4, 6)
+
+
+@pytest.mark.parametrize("kernel, pad", [((3, 3), (1, 1, 1, 1)), ((1, 1), NONE)])
+def test_int_conv2d_reads_an_enlarged_image(backend: str, kernel: tuple[int, int], pad: tuple[int, ...]) -> None:
+    """Nearest-upsampled input, and a result quantised for its reader; two segments, and floating activations."""
+    parts = [(image(2, c, 3, 4), integers(9, c, *kernel, low=-127), torch.rand(9) * 0.01) for c in (17, 8)]
+    packed = [ops.pack_conv2d(w, s, padding=pad, upsample=2) for _, w, s in parts]
+    segments = [ops.Segment(q, p, 0.037, 5) for (q, _, _), p in zip(parts, packed, strict=True)]
+    enlarged = [(reference.place(q, 2, NONE, 0), w, s, 0.037, 5) for q, w, s in parts]
+    for count in (1, 2):
+        expected = reference.int_conv2d(enlarged[:count], padding=pad)
+        assert_close(ops.int_conv2d(segments[:count], backend=backend), expected)
+        found = ops.int_conv2d(segments[:count], output=(0.1, -7, 8), backend=backend)
+        assert found.is_contiguous(memory_format=CHANNELS_LAST)
+        assert_steps(found, numerics.quantize(expected.float(), 0.1, -7, 8))
+    x, (_, weight, scale) = torch.randn(2, 17, 3, 4), parts[0]
+    expected = torch.nn.functional.conv2d(
+        reference.place(x.double(), 2, pad, 0), weight.double() * scale.double()[:, None, None, None]
+    )
+    assert_close(ops.int_conv2d([ops.Segment(x, packed[0])], backend=backend), expected)
 
 
 def test_int_conv2d_multiplies_floating_activations(backend: str) -> None:

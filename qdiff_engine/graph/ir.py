@@ -103,12 +103,12 @@ class Graph:
         """The quantiser behind each quantised value: itself, or the one that layout changes lead back to."""
         sources: dict[str, Node] = {}
         for node in self.nodes:
-            if "site" in node.kwargs:
+            if node.kwargs.get("site") is not None:
                 sources[node.name] = node
+            elif node.op in ("int_gemm", "int_conv2d"):
+                continue
             elif node.args and isinstance(node.args[0], Ref) and node.args[0].name in sources:
                 sources[node.name] = sources[node.args[0].name]
-            if node.op in ("int_gemm", "int_conv2d"):
-                sources.pop(node.name, None)
         return sources
 
     def prune(self) -> None:

@@ -14,12 +14,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .operands import ConvWeight, GemmWeight, QuantizedCopy, Segment, pack_conv2d, pack_gemm
+from .operands import (
+    ConvWeight,
+    GemmWeight,
+    Output,
+    QuantizedCopy,
+    Segment,
+    check_finish,
+    pack_conv2d,
+    pack_gemm,
+)
 
 __all__ = [
     "BackendError",
     "ConvWeight",
     "GemmWeight",
+    "Output",
     "QuantizedCopy",
     "Segment",
     "backends",
@@ -55,6 +65,9 @@ _TABLE: dict[str, tuple[tuple[str, str], ...]] = {
         ("torch", "plain"),
     ),
 }
+
+
+_EPILOGUES = frozenset({"triton"})  # backends whose products finish their own result: GEGLU, output, out_dtype
 
 
 class BackendError(ValueError):
@@ -289,6 +302,9 @@ def int_gemm(
     residual: Tensor | None = None,
     reuse_residual: bool = False,
     output_scale: Tensor | None = None,
+    geglu: bool = False,
+    output: Output | None = None,
+    out_dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> Tensor:
     """y[m, n] = s s_w[n] o[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n], acc = sum over k of q w.
@@ -301,21 +317,24 @@ def int_gemm(
         residual: float32 [..., N].
         reuse_residual: the residual's memory may be overwritten (and become the result).
         output_scale: float32 [N], o: multiplies the weight scale, not the bias.
+        geglu: the first half of the outputs times gelu of the second is the result; without a residual.
+        output: (scale, zero point, bits) that quantise the result.
 
     Returns:
-        float32 [..., N].
+        ``out_dtype`` [..., N], N halved by ``geglu``; int8 with ``output``.
     """
-    run = resolve("int_gemm", q.device, backend)
-    return run(
-        q,
-        weight,
-        scale,
-        zero_point,
-        bias,
-        residual=residual,
-        reuse_residual=reuse_residual,
-        output_scale=output_scale,
-    )
+    check_finish(output, len(weight.scale) if geglu else 0, residual if geglu else None)
+    terms = {"residual": residual, "reuse_residual": reuse_residual, "output_scale": output_scale}
+    name, run = _find("int_gemm", q.device.type, backend)
+    if name in _EPILOGUES:
+        return run(q, weight, scale, zero_point, bias, **terms, geglu=geglu, output=output, out_dtype=out_dtype)
+    return _finish(run(q, weight, scale, zero_point, bias, **terms), geglu, output, out_dtype)
+
+
+def _finish(y: Tensor, geglu: bool, output: Output | None, dtype: torch.dtype) -> Tensor:
+    if not geglu and output is None and y.dtype == dtype:
+        return y
+    return importlib.import_module(f"{__name__}.plain").finished(y, geglu, output, dtype)
 
 
 def int_conv2d(
@@ -326,6 +345,8 @@ def int_conv2d(
     residual: Tensor | None = None,
     reuse_residual: bool = False,
     output_scale: Tensor | None = None,
+    output: Output | None = None,
+    out_dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> Tensor:
     """y = sum over segments of s s_w o (acc - z wsum[class]) + bias + temb + residual, per output channel.
@@ -337,9 +358,14 @@ def int_conv2d(
         residual: float32 [N, Cout, OH, OW].
         reuse_residual: the residual's memory may be overwritten (and become the result).
         output_scale: float32 [Cout], o: multiplies the weight scales, not the bias.
+        output: (scale, zero point, bits) that quantise the result.
 
     Returns:
-        float32 [N, Cout, OH, OW], channels_last.
+        ``out_dtype`` [N, Cout, OH, OW], channels_last; int8 with ``output``.
     """
-    run = resolve("int_conv2d", segments[0].q.device if segments else "cpu", backend)
-    return run(segments, bias, temb=temb, residual=residual, reuse_residual=reuse_residual, output_scale=output_scale)
+    check_finish(output)
+    terms = {"temb": temb, "residual": residual, "reuse_residual": reuse_residual, "output_scale": output_scale}
+    name, run = _find("int_conv2d", segments[0].q.device.type if segments else "cpu", backend)
+    if name in _EPILOGUES:
+        return run(segments, bias, **terms, output=output, out_dtype=out_dtype)
+    return _finish(run(segments, bias, **terms), False, output, out_dtype)

@@ -67,7 +67,7 @@ def _convolve(
     assert scale is not None and zero_point is not None
     weight_scale = weight.scale if output_scale is None else weight.scale * output_scale
     return native.int_conv2d(
-        q,
+        plain.place(q, weight.upsample, (0, 0, 0, 0), 0) if weight.upsample > 1 else q,
         _packed(weight),
         weight_scale,
         scale,

@@ -136,7 +136,7 @@ def _convolve(segment: Segment, bias: Tensor | None, output_scale: Tensor | None
         return _multiply_pixels(q, weight, scale, offset, bias, output_scale, into)
     if bits == 4:  # [-8, 7] is stored as [120, 135]; without the 120 there is little to cancel
         q, offset = q - 120, offset - 120
-    q = plain.place(q, 1, weight.padding, offset)
+    q = plain.place(q, weight.upsample, weight.padding, offset)
     packed, prepared = _prepacked(weight, q.shape)
     weight_scale, scaled_sums = weight.scale, prepared.scaled_sums
     if output_scale is not None:
@@ -154,7 +154,8 @@ def _convolve(segment: Segment, bias: Tensor | None, output_scale: Tensor | None
 
 
 def _is_pointwise(weight: ConvWeight) -> bool:
-    return tuple(weight.values.shape[2:]) == (1, 1) == weight.stride and weight.groups == 1 and not any(weight.padding)
+    plain_pixels = weight.groups == weight.upsample == 1 and not any(weight.padding)
+    return tuple(weight.values.shape[2:]) == (1, 1) == weight.stride and plain_pixels
 
 
 def _multiply_pixels(

@@ -39,14 +39,15 @@ class ConvWeight:
     dilation: tuple[int, int]
     groups: int
     bits: int = 8
+    upsample: int = 1  # the image is read as its nearest-neighbour enlargement by this factor
     prepared: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the output for an input image of this size."""
-        (_, _, r, s), (top, bottom, left, right) = self.values.shape, self.padding
+        (_, _, r, s), (top, bottom, left, right), u = self.values.shape, self.padding, self.upsample
         return (
-            numerics.conv_output_size(height, r, self.stride[0], top, bottom, self.dilation[0]),
-            numerics.conv_output_size(width, s, self.stride[1], left, right, self.dilation[1]),
+            numerics.conv_output_size(u * height, r, self.stride[0], top, bottom, self.dilation[0]),
+            numerics.conv_output_size(u * width, s, self.stride[1], left, right, self.dilation[1]),
         )
 
 
@@ -62,6 +63,9 @@ class Segment(NamedTuple):
     scale: float | None = None
     zero_point: int | None = None
     bits: int = 8
+
+
+Output = tuple[float, int, int]  # (scale, zero point, bits): a product's result is quantised for its only reader
 
 
 class QuantizedCopy(NamedTuple):
@@ -103,6 +107,7 @@ def pack_conv2d(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
     bits: int = 8,
+    upsample: int = 1,
 ) -> ConvWeight:
     """w[n, k, r, s] = weight_scale[n] * weight[n, k, r, s], ready for `int_conv2d`.
 
@@ -113,6 +118,7 @@ def pack_conv2d(
         padding: (top, bottom, left, right); out-of-image taps count as the activation's zero point.
         groups: divides Cin and Cout.
         bits: 8, or 4 for values in [-8, 7].
+        upsample: factor of nearest-neighbour upsampling through which the image is read.
     """
     _check_weight(weight, weight_scale, bits, ("Cout", "Cin / groups", "R", "S"))
     _check_integers("stride", stride, 2, 1)
@@ -120,8 +126,10 @@ def pack_conv2d(
     _check_integers("dilation", dilation, 2, 1)
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must divide Cout = {weight.shape[0]}, got {groups}")
+    if upsample < 1:
+        raise ValueError(f"upsample must be at least 1, got {upsample}")
     sums = weight.sum((1, 2, 3), dtype=torch.int32)
-    return ConvWeight(weight.contiguous(), weight_scale, sums, stride, padding, dilation, groups, bits)
+    return ConvWeight(weight.contiguous(), weight_scale, sums, stride, padding, dilation, groups, bits, upsample)
 
 
 def _check_integers(name: str, value: tuple[int, ...], length: int, least: int) -> None:
@@ -169,6 +177,14 @@ def check_gemm(
     _check_float("bias", bias, (n,), half)
     _check_float("output_scale", output_scale, (n,))
     _check_float("residual", residual, (*q.shape[:-1], n), half)
+
+
+def check_finish(output: Output | None, geglu_outputs: int = 0, geglu_residual: Tensor | None = None) -> None:
+    """Raise ValueError where a product cannot finish its result: its own quantisation, or GEGLU's halves."""
+    if geglu_outputs % 2 or geglu_residual is not None:
+        raise ValueError(f"geglu needs an even number of outputs and no residual, got {geglu_outputs} outputs")
+    if output is not None and not isinstance(output[0], Tensor):  # what a device holds was checked with its table
+        check_affine(*output)
 
 
 def check_conv2d(
@@ -259,8 +275,12 @@ def check_quantize(
         raise ValueError(f"upsample must be >= 1 and padding four integers >= 0, got {upsample} and {padding}")
     if x.dim() != 4 and (upsample != 1 or any(padding)):
         raise ValueError(f"upsample and padding need x [N, C, H, W], got {list(x.shape)}")
-    if scale is None:
-        return
+    if scale is not None:
+        check_affine(scale, zero_point, bits)
+
+
+def check_affine(scale: float, zero_point: int, bits: int) -> None:
+    """Raise ValueError where a quantisation (s, z, bits) is out of range."""
     low, high = numerics.activation_range(bits)
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}")

@@ -188,13 +188,13 @@ def _convolve(segment: Segment, bias: Tensor | None, output_scale: Tensor | None
     q, weight, scale, zero_point, _ = segment
     weight_scale = weight.scale if output_scale is None else weight.scale * output_scale
     if q.is_floating_point():
-        x = place(q.float(), 1, weight.padding, 0.0)
+        x = place(q.float(), weight.upsample, weight.padding, 0.0)
         dequantized = weight.values.float() * weight_scale[:, None, None, None]
         y = F.conv2d(x, dequantized, bias, weight.stride, 0, weight.dilation, weight.groups)
         return y.contiguous(memory_format=torch.channels_last)
     assert scale is not None and zero_point is not None
     # with the padding written out as z, every output sees all its taps and wsum is one number per channel
-    x = place(numerics.signed(q), 1, weight.padding, zero_point)
+    x = place(numerics.signed(q), weight.upsample, weight.padding, zero_point)
     acc = _exact_sum(_taps(channels_innermost(x), weight)).transpose(0, 1).flatten(1)
     y = acc.sub_(weight.sums, alpha=zero_point).float().mul_(weight_scale * scale)
     y = y if bias is None else y.add_(bias)
@@ -243,6 +243,12 @@ def _emptied(total: Tensor | None, partial: Tensor | None) -> Tensor | None:
     if partial is None:
         return total
     return partial.to(torch.int32) if total is None else total.add_(partial.to(torch.int32))
+
+
+def finished(y: Tensor, geglu: bool, output: operands.Output | None, dtype: torch.dtype) -> Tensor:
+    """What an epilogue makes of a product's result: [value | gate] -> value gelu(gate), quantised or in ``dtype``."""
+    y = _ACTIVATIONS["geglu"](y) if geglu else y
+    return y.to(dtype) if output is None else numerics.quantize(y, *output)
 
 
 def channels_innermost(x: Tensor) -> Tensor:

@@ -150,6 +150,8 @@ def int_gemm(
     residual: Tensor | None = None,
     reuse_residual: bool = False,
     output_scale: Tensor | None = None,
+    geglu: bool = False,
+    output: operands.Output | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """y[m, n] = s s_w[n] o[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n]; see `ops.int_gemm`."""
@@ -160,8 +162,17 @@ def int_gemm(
     if output_scale is not None:
         packed = packed._replace(scale=packed.scale * output_scale)
     return _kernels("int_gemm").int_gemm(
-        _signed(q), packed, _quantization(scale, zero_point, q.device), bias, residual=residual, out_dtype=out_dtype
-    )
+        _signed(q), packed, _quantization(scale, zero_point, q.device), bias, residual=residual, geglu=geglu,
+        **_written(output, out_dtype, q.device),
+    )  # fmt: skip
+
+
+def _written(output: operands.Output | None, out_dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """How a product's kernel writes its result: in ``out_dtype``, or quantised."""
+    if output is None:
+        return {"out_dtype": out_dtype}
+    scale, zero_point, bits = output
+    return {"out_quantization": _quantization(scale, zero_point, device), "out_bits": bits}
 
 
 def _signed(q: Tensor) -> Tensor:
@@ -176,13 +187,16 @@ def int_conv2d(
     residual: Tensor | None = None,
     reuse_residual: bool = False,
     output_scale: Tensor | None = None,
+    output: operands.Output | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """y = sum over segments of s s_w (acc - z wsum[class]) + bias + temb + residual; see `ops.int_conv2d`."""
     operands.check_conv2d(segments, bias, temb, residual, output_scale, half=True)
-    y, terms = None, _Terms(output_scale, bias, temb, residual)
-    for part in _launches(segments):
-        y = _grouped(part[0], terms, out_dtype) if part[0].weight.groups > 1 else _convolve(part, terms, out_dtype)
+    y, terms, launches = None, _Terms(output_scale, bias, temb, residual), _launches(segments)
+    final = _written(output, out_dtype, segments[0].q.device)
+    for i, part in enumerate(launches):
+        written = final if i == len(launches) - 1 else {"out_dtype": torch.float32}
+        y = _grouped(part[0], terms, written) if part[0].weight.groups > 1 else _convolve(part, terms, written)
         terms = _Terms(output_scale, residual=y)
     assert y is not None
     return y
@@ -210,7 +224,7 @@ def _launches(segments: Sequence[Segment]) -> list[list[Segment]]:
     return launches
 
 
-def _grouped(segment: Segment, terms: _Terms, out_dtype: torch.dtype) -> Tensor:
+def _grouped(segment: Segment, terms: _Terms, written: dict[str, Any]) -> Tensor:
     """One launch per group, side by side in the output."""
     weight, groups = segment.weight, segment.weight.groups
     parts = weight.prepared.get(_NAME)
@@ -225,16 +239,18 @@ def _grouped(segment: Segment, terms: _Terms, out_dtype: torch.dtype) -> Tensor:
     shares = [[None] * groups if t is None else t.chunk(groups, axis) for t, axis in zip(terms, axes, strict=True)]
     images = segment.q.chunk(groups, 1)
     outputs = [
-        _convolve([segment._replace(q=q, weight=part)], _Terms(*share), out_dtype)
+        _convolve([segment._replace(q=q, weight=part)], _Terms(*share), written)
         for q, part, share in zip(images, parts, zip(*shares, strict=True), strict=True)
     ]
     return torch.cat(outputs, 1).contiguous(memory_format=torch.channels_last)
 
 
-def _convolve(segments: Sequence[Segment], terms: _Terms, out_dtype: torch.dtype) -> Tensor:
+def _convolve(segments: Sequence[Segment], terms: _Terms, written: dict[str, Any]) -> Tensor:
     module, weight = _kernels("int_conv2d"), segments[0].weight
     height, width = segments[0].q.shape[2:]
-    geometry = module.Geometry(tuple(weight.values.shape[2:]), weight.stride, weight.padding, weight.dilation)
+    geometry = module.Geometry(
+        tuple(weight.values.shape[2:]), weight.stride, weight.padding, weight.dilation, weight.upsample
+    )
     parts, class_index = [], None
     for q, weight, scale, zero_point, _ in segments:
         packed, class_index = _packed(weight, height, width)
@@ -242,7 +258,7 @@ def _convolve(segments: Sequence[Segment], terms: _Terms, out_dtype: torch.dtype
             packed = packed._replace(scale=packed.scale * terms.output_scale)
         parts.append(module.Segment(_signed(q), packed, _quantization(scale, zero_point, q.device)))
     return module.int_conv2d(
-        parts, geometry, class_index, terms.bias, temb=terms.temb, residual=terms.residual, out_dtype=out_dtype
+        parts, geometry, class_index, terms.bias, temb=terms.temb, residual=terms.residual, **written
     )
 
 
@@ -255,9 +271,8 @@ def _packed(weight: ConvWeight, height: int, width: int) -> tuple[Any, Tensor]:
     packed, by_size = prepared
 
     def classes() -> tuple[Tensor, Tensor]:
-        found = numerics.border_classes(
-            weight.values.cpu(), (height, width), weight.stride, weight.padding, weight.dilation
-        )
+        image = (weight.upsample * height, weight.upsample * width)
+        found = numerics.border_classes(weight.values.cpu(), image, weight.stride, weight.padding, weight.dilation)
         sums = found.sums * (16 if weight.bits == 4 else 1)  # the kernel sees 4-bit values 16 times as large
         index = found.index.flatten().to(torch.int32)
         return sums.to(weight.values.device), index.to(weight.values.device)

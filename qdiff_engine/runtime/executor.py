@@ -80,7 +80,7 @@ class Program:
         compiler = _Compiler(lowered, weights, constants, table, device, backend, dtype)
         self.slots = compiler.slots
         self.sections = {name: compiler.section(name) for name in ("prompt", "time", "main")}
-        self.output = compiler.slots[graph.output]
+        self.output = compiler.slots[lowered.output]
         self.folds_correction = compiler.corrected_layer is not None
         self._kept = {name: compiler.kept_after(name) for name in ("prompt", "time")}
         self._batched = {self.slots[node.name] for node in lowered.nodes if node.shape[:1] == ("B",)}
@@ -197,7 +197,7 @@ class _Compiler:
         self.graph, self.weights, self.device = graph, weights, device
         self.constants = {name: value.to(device) for name, value in constants.items()}
         self.dtype = dtype
-        self.out = (
+        self.out: dict[str, Any] = (
             {} if dtype == torch.float32 else {"out_dtype": dtype}
         )  # of products; float32 is every kernel's default
         self.slots = {name: i for i, name in enumerate([*graph.inputs, *(node.name for node in graph.nodes)])}
@@ -431,16 +431,31 @@ class _Compiler:
         column = self.columns[self.quantizers[node.args[0].name].kwargs["site"]]
         weight, bias = self._gemm_constants(node.kwargs["layer"], node.kwargs["bias"])
         residual = self.value(node.kwargs["residual"])
-        reuse, extra = self._residual_dies(index, node.kwargs["residual"]), self.out
+        reuse, written = self._residual_dies(index, node.kwargs["residual"]), self._written(node)
 
         def run(values: Values, row: Row) -> None:
             scale, zero_point, bits = row.sites[column]
             affine = (None, None) if bits == 16 else (scale, zero_point)
             values[out] = kernel(
-                values[read], weight, *affine, bias, residual=residual(values), reuse_residual=reuse, **extra
+                values[read], weight, *affine, bias, residual=residual(values), reuse_residual=reuse, **written(row)
             )
 
         return run
+
+    def _written(self, node: Node) -> Callable[[Row], dict[str, Any]]:
+        """How a product writes its result: in the program's dtype, or quantised where the lowering joined the two."""
+        site, floating = node.kwargs.get("site"), self.out
+        if node.kwargs.get("geglu"):
+            floating = {**floating, "geglu": True}
+        if site is None:
+            return lambda row: floating
+        column, geglu = self.columns[site], {"geglu": True} if node.kwargs["geglu"] else {}
+
+        def written(row: Row) -> dict[str, Any]:
+            quantization = row.sites[column]
+            return floating if quantization[2] == 16 else {**geglu, "output": quantization}
+
+        return written
 
     def _on_device(self, weight: QuantizedWeight) -> QuantizedWeight:
         if self.device.type == "cpu":
@@ -459,24 +474,23 @@ class _Compiler:
 
     def int_conv2d(self, index: int, node: Node) -> Instruction:
         kernel, out, k = self.kernels["int_conv2d"], self.slots[node.name], node.kwargs
-        geometry = {name: k[name] for name in ("stride", "padding", "dilation", "groups")}
+        geometry = {name: k[name] for name in ("stride", "padding", "dilation", "groups", "upsample")}
         packed = [self._on_device(w) for w in self.weights[k["layer"]]]
         weights = [ops.pack_conv2d(w.values, w.scale, **geometry, bits=w.bits) for w in packed]
         columns = [self.columns[self.quantizers[ref.name].kwargs["site"]] for ref in node.args]
         parts = list(zip((self.slots[ref.name] for ref in node.args), weights, columns, strict=True))
-        constant_bias, upsample, corrected = self.value(k["bias"])([]), k["upsample"], self._corrected(node)
+        constant_bias, corrected = self.value(k["bias"])([]), self._corrected(node)
         temb, residual = self.value(k["temb"]), self.value(k["residual"])
-        reuse, extra = self._residual_dies(index, k["residual"]), self.out
+        reuse, written = self._residual_dies(index, k["residual"]), self._written(node)
 
         def run(values: Values, row: Row) -> None:
             segments = []
             for slot, weight, column in parts:
                 scale, zero_point, bits = row.sites[column]
-                q = values[slot] if upsample == 1 else _upsampled(values[slot], upsample)
                 if bits == 16:
-                    segments.append(ops.Segment(q, weight))
+                    segments.append(ops.Segment(values[slot], weight))
                 else:
-                    segments.append(ops.Segment(q, weight, scale, zero_point, bits))
+                    segments.append(ops.Segment(values[slot], weight, scale, zero_point, bits))
             bias, output_scale = corrected(row, constant_bias)
             values[out] = kernel(
                 segments,
@@ -485,7 +499,7 @@ class _Compiler:
                 residual=residual(values),
                 reuse_residual=reuse,
                 output_scale=output_scale,
-                **extra,
+                **written(row),
             )
 
         return run

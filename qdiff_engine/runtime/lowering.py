@@ -14,6 +14,7 @@ from ..graph.operators import LAYOUT_OPS
 from ..graph.rewrite import Rewriter
 
 _PLACING = ("quantize", "groupnorm_silu_quantize")
+_PRODUCTS = ("int_gemm", "int_conv2d")
 
 
 def lower_for_cpu(graph: Graph) -> Graph:
@@ -27,8 +28,13 @@ def lower_for_cpu(graph: Graph) -> Graph:
 
 
 def lower_for_gpu(graph: Graph) -> Graph:
-    """A copy of ``graph`` with merged products only: a GPU's convolution pads and adds the time embedding by itself."""
-    return _prepared(graph)
+    """A copy of ``graph`` whose products quantise their own result (``site``) where a quantiser is all that reads it.
+
+    With GEGLU in between, too (``geglu``). A GPU's convolution upsamples, pads and adds the time embedding by itself.
+    """
+    lowered = _prepared(graph)
+    _quantizers_to_products(lowered)
+    return lowered
 
 
 def _prepared(graph: Graph) -> Graph:
@@ -40,6 +46,8 @@ def _prepared(graph: Graph) -> Graph:
             node.kwargs |= {"upsample": 1, "padding": (0, 0, 0, 0)}
         if node.op == "groupnorm_silu_quantize":
             node.kwargs |= {"pre_add": None, "copies": {}}
+        if node.op in _PRODUCTS:
+            node.kwargs |= {"geglu": False, "site": None}
     _merge_products(lowered)
     return lowered
 
@@ -121,6 +129,30 @@ def _is_plain_quantizer(node: Node) -> bool:
     """Whether a node quantises a value as it is: no activation function, nothing placed around it."""
     plain = {"activation": "none", "upsample": 1, "padding": (0, 0, 0, 0)}
     return node.op == "quantize" and all(node.kwargs[name] == value for name, value in plain.items())
+
+
+def _quantizers_to_products(graph: Graph) -> None:
+    """product -> layout changes -> quantiser becomes product -> layout changes; with GEGLU, right behind the product.
+
+    Where the quantiser's site stays in floating point, the product writes that: GEGLU is still its own.
+    """
+    rewriter = Rewriter(graph)
+    for node in [node for node in graph.nodes if node.op in _PRODUCTS]:
+        last, reader = node, rewriter.only_user(node)
+        while reader is not None and reader.op in LAYOUT_OPS:
+            last, reader = reader, rewriter.only_user(reader)
+        if reader is None or reader.op != "quantize" or reader.section != node.section:
+            continue
+        geglu = reader.kwargs["activation"] == "geglu"
+        if geglu and (node.op != "int_gemm" or last is not node or node.kwargs["residual"] is not None):
+            continue
+        if not geglu and not _is_plain_quantizer(reader):
+            continue
+        node.kwargs |= {"geglu": geglu, "site": reader.kwargs["site"]}
+        if geglu:
+            node.shape = reader.shape
+        rewriter.replace_value(reader.name, last.name)
+        rewriter.remove(reader)
 
 
 def _attention_to_kernel(graph: Graph) -> None:
