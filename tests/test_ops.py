@@ -658,3 +658,29 @@ def test_wrong_quantizers_are_named(quantizer: str, error: type[Exception], opti
     arguments = {"x": torch.ones(1, 2, 3, 4), "scale": 0.1, "zero_point": 0, "bits": 8} | options
     with pytest.raises(error, match="got"):
         ops.quantize(**arguments, backend=quantizer)
+
+
+# ---- denoise_step
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", ["triton", "torch"])
+def test_denoise_step(name: str, prediction_type: str, clipped: bool) -> None:
+    """The sampler's update on every backend; the kernel's own tests cover layouts and precisions."""
+    x, cond, uncond, noise = (torch.randn(2, 4, 5, 7) for _ in range(4))
+    constants = torch.tensor([0.9, 0.4, -0.3, 0.2, 0.6, 0.8, 1.0, 7.5])
+    terms = {key: torch.randn(4) for key in ("a", "b", "input_bias")}
+    options: dict[str, Any] = {"prediction_type": prediction_type, "clipped": clipped}
+    for more in ({}, {"guidance": 1.5, **terms}):
+        expected = reference.denoise_step(x, cond, uncond, noise, constants, **options, **more)
+        assert_close(
+            ops.denoise_step(x, cond, uncond, noise, constants, **options, **more, backend=_present(name)), expected
+        )
+    y = ops.denoise_step(x.half(), cond.half(), None, None, constants, **options, backend=_present(name))
+    assert y.dtype == torch.float16
+    for wrong, words in (({"prediction_type": "noise"}, "prediction_type"), ({"a": torch.ones(3)}, "a must be")):
+        with pytest.raises(ValueError, match=words):
+            ops.denoise_step(x, cond, None, None, constants, **wrong, backend=_present(name))
+    with pytest.raises(ValueError, match="uncond must be"):
+        ops.denoise_step(x, cond, uncond[:1], None, constants, backend=_present(name))

@@ -6,14 +6,13 @@ A caller with a hot loop takes the function itself once: ``run = ops.resolve("in
 
 from __future__ import annotations
 
-import functools
 import importlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .dispatch import EPILOGUES, BackendError, backends, chosen, find, resolve, storage, supports
 from .operands import (
     ConvWeight,
     GemmWeight,
@@ -34,6 +33,7 @@ __all__ = [
     "Segment",
     "backends",
     "chosen",
+    "denoise_step",
     "groupnorm_silu_quantize",
     "int_conv2d",
     "int_gemm",
@@ -45,129 +45,6 @@ __all__ = [
     "storage",
     "supports",
 ]
-
-# operator -> (backend, module of this package that implements it), fastest first
-_TABLE: dict[str, tuple[tuple[str, str], ...]] = {
-    "quantize": (("triton", "triton_kernels"), ("native", "native"), ("torch", "plain")),
-    "groupnorm_silu_quantize": (("triton", "triton_kernels"), ("native", "native"), ("torch", "plain")),
-    "layernorm_quantize": (("triton", "triton_kernels"), ("native", "native"), ("torch", "plain")),
-    "attention": (("native", "native"), ("torch", "plain")),
-    "int_gemm": (
-        ("triton", "triton_kernels"),
-        ("onednn", "onednn"),
-        ("native", "native_matmul"),
-        ("torch", "plain"),
-    ),
-    "int_conv2d": (
-        ("triton", "triton_kernels"),
-        ("onednn", "onednn"),
-        ("native", "native_matmul"),
-        ("torch", "plain"),
-    ),
-}
-
-
-_EPILOGUES = frozenset({"triton"})  # backends whose products finish their own result: GEGLU, output, out_dtype
-
-
-class BackendError(ValueError):
-    """A backend that was asked for by name cannot run here; the message says why."""
-
-
-class Backend(NamedTuple):
-    """What runs operators: where, and how to find out whether it can."""
-
-    devices: tuple[str, ...]
-    storage: torch.dtype  # how it likes quantised activations: int8 (q) or uint8 (q + 128)
-    available: Callable[[], tuple[bool, str]]  # (whether, reason)
-
-
-def _imported(module: str) -> Callable[[], tuple[bool, str]]:
-    return lambda: importlib.import_module(f"{__name__}.{module}").available()
-
-
-def _planned(name: str) -> Callable[[], tuple[bool, str]]:
-    def status() -> tuple[bool, str]:
-        gpu = "" if torch.cuda.is_available() else ", and there is no NVIDIA GPU here"
-        return False, f"the {name} kernels are not part of this version yet{gpu}"
-
-    return status
-
-
-_BACKENDS = {
-    "onednn": Backend(("cpu",), torch.uint8, _imported("onednn")),
-    "native": Backend(("cpu",), torch.int8, _imported("native")),
-    "torch": Backend(("cpu", "cuda"), torch.int8, _imported("plain")),
-    "triton": Backend(("cuda",), torch.int8, _imported("triton_kernels")),
-    "cuda": Backend(("cuda",), torch.int8, _planned("CUDA")),
-}
-
-
-@functools.cache
-def _status(name: str) -> tuple[bool, str]:
-    return _BACKENDS[name].available()
-
-
-def backends() -> dict[str, dict[str, Any]]:
-    """Backend name -> {"available": bool, "reason": str}."""
-    return {name: dict(zip(("available", "reason"), _status(name), strict=True)) for name in _BACKENDS}
-
-
-@functools.cache
-def _find(operator: str, device: str, backend: str | None) -> tuple[str, Callable[..., Any]]:
-    if operator not in _TABLE:
-        raise ValueError(f"operator must be one of {', '.join(_TABLE)}, got {operator!r}")
-    if backend is not None and backend not in _BACKENDS:
-        raise BackendError(f"backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
-    refusals = [] if backend is None or backend in dict(_TABLE[operator]) else [_refusal(backend, operator)]
-    for name, module in _TABLE[operator]:
-        if backend not in (None, name):
-            continue
-        if device not in _BACKENDS[name].devices and not (backend == name and _interpreted(name)):
-            refusals.append(f"{name} runs on {' and '.join(_BACKENDS[name].devices)}, not on {device}")
-        elif not _status(name)[0]:
-            refusals.append(f"{name}: {_status(name)[1]}")
-        else:
-            return name, getattr(importlib.import_module(f"{__name__}.{module}"), operator)
-    raise BackendError(f"no backend for {operator}: {'; '.join(refusals)}")
-
-
-def _interpreted(backend: str) -> bool:
-    """Whether a backend that is asked for by name runs on any device: Triton, where it interprets its kernels."""
-    return backend == "triton" and importlib.import_module(f"{__name__}.triton_kernels").interpreted()
-
-
-def _refusal(backend: str, operator: str) -> str:
-    """Why a backend that is not in an operator's row of the table cannot run it."""
-    is_available, reason = _status(backend)
-    return f"{backend}: {reason}" if not is_available else f"{backend} has no {operator}"
-
-
-def resolve(operator: str, device: torch.device | str = "cpu", backend: str | None = None) -> Callable[..., Any]:
-    """The function that runs ``operator`` on ``device``: that of ``backend``, or of the fastest one available.
-
-    Raises:
-        BackendError: the backend is missing here, with the reason.
-    """
-    return _find(operator, torch.device(device).type, backend)[1]
-
-
-def chosen(operator: str, device: torch.device | str = "cpu", backend: str | None = None) -> str:
-    """Name of the backend that `resolve` takes."""
-    return _find(operator, torch.device(device).type, backend)[0]
-
-
-def supports(backend: str | None, operator: str) -> bool:
-    """Whether a backend is, or is not known to be missing from, an operator's row of the table.
-
-    False only for a known backend that has no such operator (oneDNN has no norms): others then run it.
-    """
-    return backend not in _BACKENDS or backend in dict(_TABLE[operator]) or not _status(backend)[0]
-
-
-def storage(device: torch.device | str = "cpu", backend: str | None = None) -> torch.dtype:
-    """Storage of quantised activations that the chosen `int_conv2d` reads without a conversion."""
-    return _BACKENDS[chosen("int_conv2d", device, backend)].storage
 
 
 def quantize(
@@ -325,8 +202,8 @@ def int_gemm(
     """
     check_finish(output, len(weight.scale) if geglu else 0, residual if geglu else None)
     terms = {"residual": residual, "reuse_residual": reuse_residual, "output_scale": output_scale}
-    name, run = _find("int_gemm", q.device.type, backend)
-    if name in _EPILOGUES:
+    name, run = find("int_gemm", q.device.type, backend)
+    if name in EPILOGUES:
         return run(q, weight, scale, zero_point, bias, **terms, geglu=geglu, output=output, out_dtype=out_dtype)
     return _finish(run(q, weight, scale, zero_point, bias, **terms), geglu, output, out_dtype)
 
@@ -365,7 +242,52 @@ def int_conv2d(
     """
     check_finish(output)
     terms = {"temb": temb, "residual": residual, "reuse_residual": reuse_residual, "output_scale": output_scale}
-    name, run = _find("int_conv2d", segments[0].q.device.type if segments else "cpu", backend)
-    if name in _EPILOGUES:
+    name, run = find("int_conv2d", segments[0].q.device.type if segments else "cpu", backend)
+    if name in EPILOGUES:
         return run(segments, bias, **terms, output=output, out_dtype=out_dtype)
     return _finish(run(segments, bias, **terms), False, output, out_dtype)
+
+
+def denoise_step(
+    x: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    noise: Tensor | None,
+    constants: Tensor,
+    *,
+    guidance: float | None = None,
+    prediction_type: str = "epsilon",
+    clipped: bool = False,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    input_bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """x' = cx x + c0 x0 + ce e' + s' z + B[c], e' = a[c] e + b[c], e = uncond + g (cond - uncond).
+
+    Args:
+        x: floating latents [N, C, *spatial].
+        cond, uncond, noise: floating, of x's shape; without ``uncond`` e is ``cond``, without ``noise`` z is 0.
+        constants: float32 [8]: cx, c0, ce, s', sqrt(alpha_bar), sqrt(1 - alpha_bar), clip, g.
+        guidance: g in place of the one in ``constants``.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        clipped: whether the scheduler clamps the predicted sample; then x0 is that and e' the predicted noise.
+        a, b, input_bias: float32 [C].
+
+    Returns:
+        x' of x's shape and dtype, computed in float32; channels_last if x is, else contiguous.
+    """
+    run = resolve("denoise_step", x.device, backend)
+    return run(
+        x,
+        cond,
+        uncond,
+        noise,
+        constants,
+        guidance=guidance,
+        prediction_type=prediction_type,
+        clipped=clipped,
+        a=a,
+        b=b,
+        input_bias=input_bias,
+    )

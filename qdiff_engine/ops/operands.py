@@ -13,6 +13,7 @@ from .. import numerics
 
 STORAGES = (torch.int8, torch.uint8)
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "geglu")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _T = TypeVar("_T")
 
 
@@ -286,3 +287,24 @@ def check_affine(scale: float, zero_point: int, bits: int) -> None:
         raise ValueError(f"scale must be positive and finite, got {scale}")
     if not low <= zero_point <= high:
         raise ValueError(f"zero_point must lie in [{low}, {high}] for {bits} bits, got {zero_point}")
+
+
+def check_denoise_step(
+    x: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    noise: Tensor | None,
+    constants: Tensor,
+    prediction_type: str,
+    per_channel: Sequence[Tensor | None],
+) -> None:
+    """Raise TypeError or ValueError where the operands of `denoise_step` do not fit."""
+    if not x.is_floating_point() or x.dim() < 2:
+        raise ValueError(f"x must be floating [N, C, *spatial], got {x.dtype} {list(x.shape)}")
+    for name, values in (("cond", cond), ("uncond", uncond), ("noise", noise)):
+        _check_float(name, values, tuple(x.shape), half=True)
+    _check_float("constants", constants, (8,))
+    for name, values in zip(("a", "b", "input_bias"), per_channel, strict=True):
+        _check_float(name, values, tuple(x.shape[1:2]))
+    if prediction_type not in PREDICTIONS:
+        raise ValueError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
