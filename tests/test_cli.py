@@ -108,6 +108,16 @@ def test_calibrate_then_inspect(run: Run, calibrated: tuple[Path, dict[str, Any]
     assert shapes["conv_in"] == [32, 1, 3, 3] and shapes["up_blocks.2.resnets.0.conv_shortcut"][1] == 96
 
 
+def test_inspect_measures_where_it_is_told_to(run: Run, artifact: Path) -> None:
+    shown = loaded(run("inspect", artifact, "--tune", "--batch", "1", "--json"))
+    measured = [row for row in shown["layers"] if "integer_ms" in row]
+    assert measured and all(row["integer_ms"] > 0 < row["float_ms"] for row in measured)
+    assert all(set(row) >= {"measured_with", "quantized", "reason"} for row in measured)
+    status, out, _ = run("inspect", artifact, "--tune", "--batch", "1")
+    assert status == 0 and "integer ms" in out and "float ms" in out
+    refused(run("inspect", artifact, "--device", "cuda"), "--tune")
+
+
 def test_sample_writes_the_same_grid_for_any_batch(run: Run, artifact: Path, tmp_path: Path) -> None:
     for batch in (2, 4):
         data = loaded(run("sample", artifact, "--n", 4, "--out", tmp_path / f"{batch}.png", "--batch", batch, "--json"))

@@ -148,12 +148,25 @@ def artifact_paths(out: str) -> tuple[Path, Path]:
 
 @click.command(cls=Command)
 @click.argument("artifact", metavar="ART")
+@click.option("--tune", is_flag=True, help="Measure every layer on --device, on integers and in floating point.")
+@count_option("--batch", 2, "With --tune: samples per call.")
+@machine_options
 @pass_output
-def inspect(output: Output, artifact: str) -> None:
+def inspect(output: Output, artifact: str, tune: bool, batch: int, device: str, threads: int | None) -> None:
     """Show what an artifact holds: sizes, plan, and every layer with the reason why it is not on integers."""
     from ..runtime.summary import inspect as summarise
 
-    data = summarise(artifact)
+    timings = None
+    if not tune and (device, threads) != ("cpu", None):
+        raise ValueError("--device and --threads say where --tune measures; give --tune, too")
+    if tune:
+        from ..runtime.model import load
+
+        target = use_machine(device, threads)
+        with output.progress("measuring layers", 1) as advance:
+            timings = load(artifact, device=target, tune=True, tune_batch=batch).timings
+            advance()
+    data = summarise(artifact, timings)
     output.result(data, lambda console: _show_summary(console, data))
 
 
@@ -161,11 +174,15 @@ def _show_summary(console: Any, data: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title=None)
-    for name, right in (("layer", False), ("operator", False), ("shape", False), ("weights", True), ("", False)):
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    timed = any("integer_ms" in row for row in data["layers"])
+    columns = ["layer", "operator", "shape", "weights", *(["integer ms", "float ms"] if timed else []), ""]
+    for name in columns:
+        right = name in ("weights", "integer ms", "float ms")
+        table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
     for row in data["layers"]:
         bits = f"int{row['weight_bits']}" if row["quantized"] else "float"
-        table.add_row(row["name"], row["op"], "x".join(map(str, row["shape"])), bits, row["reason"] or "")
+        times = [f"{row[key]:.4f}" if key in row else "" for key in ("integer_ms", "float_ms")] if timed else []
+        table.add_row(row["name"], row["op"], "x".join(map(str, row["shape"])), bits, *times, row["reason"] or "")
     console.print(table)
     recipe, modes = data["recipe"], [row["mode"] for row in data["plan"]]
     integers = sum(row["quantized"] for row in data["layers"])

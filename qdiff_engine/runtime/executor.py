@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..graph.operators import FLOAT_OPS, INTEGER_OPS, LAYOUT_OPS
 from ..ops import native
 from ..tables import Table
 from ..weights import QuantizedWeight
+from .float_layers import float_layer, layer_names
 from .lowering import lower_for_cpu
 
 Values = list[Any]
@@ -71,13 +72,14 @@ class Program:
         backend: str | None = None,
         lower: Callable[[Graph], Graph] = lower_for_cpu,
         dtype: torch.dtype = torch.float32,
+        floating: Collection[str] = (),
     ) -> None:
         if device.type == "cpu":
             native.keep_freed_memory()
         lowered = lower(graph)
         self.rows = make_rows(table)
         self.inputs = tuple(lowered.inputs)
-        compiler = _Compiler(lowered, weights, constants, table, device, backend, dtype)
+        compiler = Compiler(lowered, weights, constants, table, device, backend, dtype, floating)
         self.slots = compiler.slots
         self.sections = {name: compiler.section(name) for name in ("prompt", "time", "main")}
         self.output = compiler.slots[lowered.output]
@@ -183,7 +185,9 @@ class _Cache:
         self.bytes -= entry[2] if entry is not None else 0
 
 
-class _Compiler:
+class Compiler:
+    """Makes instructions of a lowered graph's nodes; layers named in ``floating`` run on dequantised weights."""
+
     def __init__(
         self,
         graph: Graph,
@@ -193,8 +197,9 @@ class _Compiler:
         device: torch.device,
         backend: str | None,
         dtype: torch.dtype,
+        floating: Collection[str] = (),
     ) -> None:
-        self.graph, self.weights, self.device = graph, weights, device
+        self.graph, self.weights, self.device, self.floating_layers = graph, weights, device, frozenset(floating)
         self.constants = {name: value.to(device) for name, value in constants.items()}
         self.dtype = dtype
         self.out: dict[str, Any] = (
@@ -263,7 +268,8 @@ class _Compiler:
 
     def instruction(self, index: int, node: Node) -> Instruction:
         if node.op in ("int_gemm", "int_conv2d"):
-            return getattr(self, node.op)(index, node)
+            stays_floating = not self.floating_layers.isdisjoint(layer_names(node))
+            return self.float_product(node) if stays_floating else getattr(self, node.op)(index, node)
         if node.op in INTEGER_OPS:
             return getattr(self, node.op)(node)
         if node.op == "attention":
@@ -439,6 +445,23 @@ class _Compiler:
             values[out] = kernel(
                 values[read], weight, *affine, bias, residual=residual(values), reuse_residual=reuse, **written(row)
             )
+
+        return run
+
+    def float_product(self, node: Node) -> Instruction:
+        """A layer in floating point, its input too: see `float_layer`."""
+        out, slots, k = self.slots[node.name], [self.slots[ref.name] for ref in node.args], node.kwargs
+        parts = [part for name in layer_names(node) for part in self.weights[name]]
+        layer = float_layer(node, parts, self.device, self.dtype, self.kernels["quantize"])
+        biases = [self.value(b)([]) for b in (k["bias"] if isinstance(k["bias"], tuple) else (k["bias"],))]
+        constant_bias = None if biases[0] is None else torch.cat(biases)
+        corrected, temb, residual = self._corrected(node), self.value(k.get("temb")), self.value(k["residual"])
+        column = self.columns[k["site"]] if k.get("site") else None
+
+        def run(values: Values, row: Row) -> None:
+            output = None if column is None or row.sites[column][2] == 16 else row.sites[column]
+            terms = (*corrected(row, constant_bias), temb(values), residual(values))
+            values[out] = layer([values[slot] for slot in slots], *terms, output)
 
         return run
 

@@ -13,13 +13,15 @@ from .. import ops
 from ..graph.interpret import flatten_conditioning
 from ..graph.ir import Const, Graph, Ref, sizes
 from ..recipe import Recipe
-from ..sampling import timestep_tensor
+from ..sampling import check_count, timestep_tensor
 from ..tables import Table
 from ..weights import QuantizedWeight
 from .artifact import Artifact, load_artifact, save_artifact
-from .executor import Program
+from .executor import Compiler, Program, make_rows
 from .host_values import HostValues
-from .replay import CudaGraphs, ReplayedProgram, run_again
+from .lowering import lower_for_cpu, lower_for_gpu
+from .replay import CudaGraphs, ReplayedProgram, device_rows, run_again
+from .tuning import Clock, Timing, cuda_clock, floating_sites, host_clock, measure, retabled
 
 
 class UNetOutput(NamedTuple):
@@ -53,6 +55,10 @@ class IntegerUNet(nn.Module):
         graphs: replay CUDA graphs on a GPU; False launches kernel by kernel.
         check: look for NaN and values out of range in every call's tensors, for which the host waits for a GPU; by
             default on a CPU only.
+        tune: measure every integer layer against floating point here, for ``tune_batch`` samples, and keep the faster:
+            see `tuning`. ``timings`` then holds both times by layer. A layer left in floating point also keeps its
+            weights in ``dtype``.
+        clock: measures for ``tune``; by default the device's own.
     """
 
     def __init__(
@@ -69,8 +75,12 @@ class IntegerUNet(nn.Module):
         dtype: torch.dtype | None = None,
         graphs: bool = True,
         check: bool | None = None,
+        tune: bool = False,
+        tune_batch: int = 2,
+        clock: Clock | None = None,
     ) -> None:
         super().__init__()
+        check_count("tune_batch", tune_batch)
         self.graph, self.weights, self.constants, self.table = graph, weights, constants, table
         self.recipe, self.key, self.model_config = recipe, key, model_config
         self.config = Config(model_config)
@@ -79,14 +89,22 @@ class IntegerUNet(nn.Module):
         self._dtype = _usable_dtype(dtype, self._device)
         self._check = self._device.type == "cpu" if check is None else check
         self._host = HostValues()
+        self.timings: dict[str, Timing] = {}
+        on_cpu = self._device.type == "cpu"
+        if tune:
+            lowered = lower_for_cpu(graph) if on_cpu else lower_for_gpu(graph)
+            compiler = Compiler(lowered, weights, constants, table, self._device, backend, self._dtype)
+            rows = list(make_rows(table)) if on_cpu else device_rows(table, self._device)
+            self.timings = measure(compiler, rows, table, tune_batch, clock or (host_clock if on_cpu else cuda_clock))
+            table = retabled(table, floating_sites(graph, self.timings))
+        floating = {name for name, timing in self.timings.items() if timing.floating}
+        parts = (graph, weights, constants, table, self._device, backend)
         self.program: Program
-        if self._device.type == "cpu":
-            self.program = Program(graph, weights, constants, table, self._device, backend)
+        if on_cpu:
+            self.program = Program(*parts, floating=floating)
         else:
             record = CudaGraphs() if graphs else run_again
-            self.program = ReplayedProgram(
-                graph, weights, constants, table, self._device, backend, record=record, dtype=self._dtype
-            )
+            self.program = ReplayedProgram(*parts, record=record, dtype=self._dtype, floating=floating)
         self._last_timestep = _schedule_end(key)
         self.training = False
 
@@ -241,6 +259,8 @@ def load(
     dtype: torch.dtype | None = None,
     graphs: bool = True,
     check: bool | None = None,
+    tune: bool = False,
+    tune_batch: int = 2,
 ) -> IntegerUNet:
     """The model saved in ``folder``; needs neither diffusers nor the class of the original network.
 
@@ -248,14 +268,15 @@ def load(
         folder: an artifact folder, possibly from a stranger: it is checked, and holds no code.
         device: "cpu" or "cuda".
         backend: a backend's name to insist on.
-        dtype, graphs, check: as of `IntegerUNet`.
+        dtype, graphs, check, tune, tune_batch: as of `IntegerUNet`.
 
     Raises:
         ValueError, OSError: the artifact is missing, damaged or of another version; the device is not supported.
     """
     artifact = load_artifact(folder)
     parts = {name: getattr(artifact, name) for name in _FIELDS}
-    return IntegerUNet(**parts, device=device, backend=backend, dtype=dtype, graphs=graphs, check=check)
+    options: dict[str, Any] = {"dtype": dtype, "graphs": graphs, "check": check, "tune": tune, "tune_batch": tune_batch}
+    return IntegerUNet(**parts, device=device, backend=backend, **options)
 
 
 _FIELDS = ("graph", "weights", "constants", "table", "recipe", "key", "model_config")

@@ -8,7 +8,7 @@ other way to repeat a function will do, and ``record=run_again`` simply calls it
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +83,9 @@ class ReplayedProgram(Program):
         backend: str | None = None,
         record: Recorder = run_again,
         dtype: torch.dtype = torch.float32,
+        floating: Collection[str] = (),
     ) -> None:
-        super().__init__(graph, weights, constants, table, device, backend, lower=lower_for_gpu, dtype=dtype)
+        super().__init__(graph, weights, constants, table, device, backend, lower_for_gpu, dtype, floating)
         self.record = record
         self.quantizations = quantization_rows(table).to(device)
         self.corrections = torch.stack([table.output_scale, table.output_shift], 1).to(device)
@@ -136,6 +137,15 @@ class ReplayedProgram(Program):
                 self._batches.popitem(last=False)
         self._batches.move_to_end(size)
         return found
+
+
+def device_rows(table: Table, device: torch.device) -> list[Row]:
+    """Every row of the table as kernels on ``device`` read it, without corrections."""
+    quantizations = quantization_rows(table).to(device)
+    return [
+        Row(tuple((q, 0, width) for q, width in zip(row, bits, strict=True)), None, None)
+        for row, bits in zip(quantizations, table.bits.tolist(), strict=True)
+    ]
 
 
 def quantization_rows(table: Table) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,31 @@ from ..graph.sections import dependencies
 from .artifact import FILES, Artifact, load_artifact
 from .artifact_config import SCHEMA_VERSION, TABLE_FIELDS
 from .model import IntegerUNet
+from .tuning import Timing
 
 _FLOAT_BYTES, _FLOAT_BITS = 4, 32
 _INTEGER_LAYERS = ("int_conv2d", "int_gemm")
+_SLOWER = "measured here: faster in floating point, with the layers that share its input"
 
 Quantised = IntegerUNet | Artifact
 
 
-def inspect(source: IntegerUNet | str | os.PathLike[str]) -> dict[str, Any]:
+def inspect(
+    source: IntegerUNet | str | os.PathLike[str], timings: Mapping[str, Timing] | None = None
+) -> dict[str, Any]:
     """The JSON object of ``qdiff inspect``.
 
     Args:
         source: a quantised model, or the folder of an artifact.
+        timings: measured with ``tune=True``; a model's own by default.
 
     Returns:
         schema_version, recipe, size_bytes (of the files; of the tensors for a model in memory), float_size_bytes (the
         same parameters in float32), rows, plan [{timestep, mode}], layers [{name, op, shape, weight_bits, quantized,
         reason}]: every integer layer, and every node that multiplies in floating point with the reason. ``shape`` is
-        the weight's, or for products of activations the result's for one sample.
+        the weight's, or for products of activations the result's for one sample. Measured layers have integer_ms,
+        float_ms and measured_with, the layers whose time is in theirs; one that is faster in floating point is not
+        ``quantized``, and says so.
 
     Raises:
         OSError, ValueError: the artifact is missing or damaged.
@@ -49,7 +57,7 @@ def inspect(source: IntegerUNet | str | os.PathLike[str]) -> dict[str, Any]:
         "float_size_bytes": float_bytes(model),
         "rows": len(table.timesteps),
         "plan": [{"timestep": t, "mode": mode} for t, mode in zip(table.timesteps, table.modes, strict=True)],
-        "layers": layer_rows(model),
+        "layers": layer_rows(model, timings),
     }
 
 
@@ -67,16 +75,23 @@ def tensor_bytes(model: Quantised) -> int:
     return sum(value.numel() * value.element_size() for value in tensors)
 
 
-def layer_rows(model: Quantised) -> list[dict[str, Any]]:
+def layer_rows(model: Quantised, timings: Mapping[str, Timing] | None = None) -> list[dict[str, Any]]:
     """One row per node that multiplies, in execution order."""
     kinds = dependencies(model.graph)
+    if timings is None:
+        timings = model.timings if isinstance(model, IntegerUNet) else {}
     rows = []
     for node in model.graph.nodes:
         if node.op in _INTEGER_LAYERS:
             parts = model.weights[node.kwargs["layer"]]
             n, _, *taps = (*parts[0].values.shape,)
             shape = [n, sum(w.values.shape[1] for w in parts), *taps]
-            rows.append(_row(node.kwargs["layer"], node.op, shape, parts[0].bits, None))
+            timing = timings.get(node.kwargs["layer"])
+            slower = timing is not None and timing.floating
+            rows.append(_row(node.kwargs["layer"], node.op, shape, parts[0].bits, _SLOWER if slower else None))
+            if timing is not None:
+                times = {"integer_ms": timing.integer_ms, "float_ms": timing.float_ms}
+                rows[-1] |= {**times, "measured_with": list(timing.measured_with)}
         elif (reason := float_reason(node, kinds[node.name], model.constants)) is not None:
             rows.append(_row(layer_name(node), node.op, _float_shape(node, model), _FLOAT_BITS, reason))
     return rows
