@@ -15,12 +15,14 @@ _WHERE = {
     "IntegerUNet": "runtime.model",
     "load": "runtime.model",
     "sample": "sampling",
+    "bench": "benchmarking",
     "compare": "evaluation",
     "count_bops": "bops",
 }
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
+    from .benchmarking import bench as bench
     from .bops import count_bops as count_bops
     from .calibration.calibration import Calibration as Calibration
     from .calibration.calibration import calibrate as calibrate

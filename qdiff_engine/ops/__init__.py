@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import EPILOGUES, BackendError, backends, chosen, find, resolve, storage, supports
+from .dispatch import EPILOGUES, BackendError, backends, chosen, find, refusal, resolve, storage, supports
 from .operands import (
     ConvWeight,
     GemmWeight,
@@ -41,6 +41,7 @@ __all__ = [
     "pack_conv2d",
     "pack_gemm",
     "quantize",
+    "refusal",
     "resolve",
     "storage",
     "supports",

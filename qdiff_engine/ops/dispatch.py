@@ -120,6 +120,22 @@ def chosen(operator: str, device: torch.device | str = "cpu", backend: str | Non
     return find(operator, torch.device(device).type, backend)[0]
 
 
+def refusal(device: torch.device, backend: str | None = None) -> str | None:
+    """Why no model can run on ``device``, with ``backend`` if one is named; None where one can.
+
+    A GPU runs recorded steps, whose kernels read scales from its memory: Triton's do.
+    """
+    if device.type == "cpu":
+        return None
+    if not torch.cuda.is_available():
+        return "there is no NVIDIA GPU here"
+    if not _status("triton")[0]:
+        return _status("triton")[1]
+    if backend is not None and chosen("int_gemm", device, backend) not in EPILOGUES:
+        return f"backend {backend!r} is for a CPU; leave it out, or name one of {', '.join(sorted(EPILOGUES))}"
+    return importlib.import_module(f"{__package__}.triton_kernels").unsupported(device)
+
+
 def supports(backend: str | None, operator: str) -> bool:
     """Whether a backend is, or is not known to be missing from, an operator's row of the table.
 

@@ -38,11 +38,22 @@ def available() -> tuple[bool, str]:
         return True, f"Triton {triton.__version__} in its interpreter (TRITON_INTERPRET=1): exact and slow, for tests"
     if not torch.cuda.is_available():
         return False, "there is no NVIDIA GPU here"
-    capability, name = torch.cuda.get_device_capability(), torch.cuda.get_device_name()
-    if capability < OLDEST:
-        found, needed = (".".join(map(str, version)) for version in (capability, OLDEST))
-        return False, f"{name} has compute capability {found}, the kernels need {needed} or newer"
-    return True, f"Triton {triton.__version__} on {name}; not yet verified on hardware"
+    refusal = unsupported(torch.device("cuda", torch.cuda.current_device()))
+    if refusal is not None:
+        return False, refusal
+    return True, f"Triton {triton.__version__} on {torch.cuda.get_device_name()}; not yet verified on hardware"
+
+
+def unsupported(device: torch.device) -> str | None:
+    """Why the kernels cannot run on an NVIDIA GPU; None where they can."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        return f"there is no GPU number {index}: torch sees {torch.cuda.device_count()}"
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= OLDEST:
+        return None
+    found, needed = (".".join(map(str, version)) for version in (capability, OLDEST))
+    return f"{torch.cuda.get_device_name(index)} has compute capability {found}, the kernels need {needed} or newer"
 
 
 def _kernels(operator: str) -> Any:

@@ -84,7 +84,7 @@ class IntegerUNet(nn.Module):
         self.graph, self.weights, self.constants, self.table = graph, weights, constants, table
         self.recipe, self.key, self.model_config = recipe, key, model_config
         self.config = Config(model_config)
-        self._device = _usable_device(device)
+        self._device = _usable_device(device, backend)
         self._categories = _categories(graph, constants)
         self._dtype = _usable_dtype(dtype, self._device)
         self._check = self._device.type == "cpu" if check is None else check
@@ -273,6 +273,8 @@ def load(
     Raises:
         ValueError, OSError: the artifact is missing, damaged or of another version; the device is not supported.
     """
+    _usable_dtype(dtype, _usable_device(device, backend))
+    check_count("tune_batch", tune_batch)
     artifact = load_artifact(folder)
     parts = {name: getattr(artifact, name) for name in _FIELDS}
     options: dict[str, Any] = {"dtype": dtype, "graphs": graphs, "check": check, "tune": tune, "tune_batch": tune_batch}
@@ -282,18 +284,16 @@ def load(
 _FIELDS = ("graph", "weights", "constants", "table", "recipe", "key", "model_config")
 
 
-def _usable_device(device: str | torch.device) -> torch.device:
+def _usable_device(device: str | torch.device, backend: str | None = None) -> torch.device:
     try:
         usable = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from error
     if usable.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {str(device)!r}")
-    if usable.type == "cuda":
-        status = ops.backends()["triton"]
-        if not torch.cuda.is_available() or not status["available"]:
-            reason = status["reason"] if torch.cuda.is_available() else "there is no NVIDIA GPU here"
-            raise ValueError(f"device {str(device)!r} cannot be used: {reason}")
+    reason = ops.refusal(usable, backend)
+    if reason is not None:
+        raise ValueError(f"device {str(device)!r} cannot be used: {reason}")
     return usable
 
 

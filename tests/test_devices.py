@@ -1,0 +1,82 @@
+"""Where a model may run: GPUs that are missing or too old are refused in one sentence, before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import networks
+import pytest
+import torch
+
+import qdiff_engine as qe
+from qdiff_engine import ops
+from qdiff_engine.cli.doctor import examine
+from qdiff_engine.ops import dispatch
+
+OLD = r"Tesla T4 has compute capability 7\.5, the kernels need 8\.0 or newer"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """A machine that reports GPUs of these compute capabilities; nothing runs on them."""
+
+    def pretend(*capabilities: tuple[int, int]) -> None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        for name, value in {
+            "is_available": lambda: True,
+            "current_device": lambda: 0,
+            "device_count": lambda: len(capabilities),
+            "get_device_capability": lambda index=None: capabilities[index or 0],
+            "get_device_name": lambda index=None: "Tesla T4" if capabilities[index or 0] < (8, 0) else "NVIDIA H200",
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        dispatch._status.cache_clear()
+        dispatch.find.cache_clear()
+
+    yield pretend
+    monkeypatch.undo()
+    dispatch._status.cache_clear()
+    dispatch.find.cache_clear()
+
+
+def test_a_gpu_that_is_too_old_is_refused(gpu: Callable[..., None], tmp_path: Any) -> None:
+    model = networks.integer_model("plain")
+    gpu((7, 5))
+    with pytest.raises(ValueError, match=rf"device 'cuda' cannot be used: {OLD}"):
+        qe.load(tmp_path / "not looked at", device="cuda")
+    with pytest.raises(ValueError, match=OLD):
+        networks.rebuilt(model, device="cuda")
+    verdict = examine()["verdict"]
+    assert verdict.endswith("GPU 0 cannot be used: Tesla T4 has compute capability 7.5, the kernels need 8.0 or newer.")
+    assert "compute capability 7.5" in ops.backends()["triton"]["reason"]
+
+
+def test_the_gpu_that_is_named_is_the_one_judged(gpu: Callable[..., None]) -> None:
+    gpu((9, 0), (7, 5))
+    assert ops.refusal(torch.device("cuda")) is ops.refusal(torch.device("cuda", 0)) is None
+    assert "7.5" in str(ops.refusal(torch.device("cuda", 1)))
+    assert ops.refusal(torch.device("cuda", 2)) == "there is no GPU number 2: torch sees 2"
+    assert examine()["verdict"].count("cannot be used") == 1
+
+
+def test_a_backend_for_cpus_is_refused_on_a_gpu(gpu: Callable[..., None], tmp_path: Any) -> None:
+    gpu((9, 0))
+    with pytest.raises(ValueError, match="backend 'torch' is for a CPU; leave it out, or name one of triton"):
+        qe.load(tmp_path / "not looked at", device="cuda", backend="torch")
+    with pytest.raises(ValueError, match="onednn runs on cpu, not on cuda"):
+        qe.load(tmp_path / "not looked at", device="cuda", backend="onednn")
+    assert ops.refusal(torch.device("cuda"), "triton") is None
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"device": "tpu"}, "device must be 'cpu' or 'cuda'"),
+        ({"dtype": torch.float16}, "float32 on a CPU"),
+        ({"tune_batch": 0}, "tune_batch must be at least 1"),
+    ],
+)
+def test_arguments_are_checked_before_the_artifact(tmp_path: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        qe.load(tmp_path / "not looked at", **options)
