@@ -86,6 +86,9 @@ class Program:
         self.folds_correction = compiler.corrected_layer is not None
         self._kept = {name: compiler.kept_after(name) for name in ("prompt", "time")}
         self._batched = {self.slots[node.name] for node in lowered.nodes if node.shape[:1] == ("B",)}
+        self._reads = {name: compiler.inputs_read(name) for name in ("prompt", "time")}
+        of_time = () if self._reads["time"] else compiler.section("prompt", compiler.needed_by("time"))
+        self._time_alone = (*of_time, *self.sections["time"])
         by_identity = device.type != "cpu"
         self._prompts = _Cache(limit=4, by_identity=by_identity)
         self._times = _Cache(limit=_CACHED_TIMESTEPS, by_identity=by_identity)
@@ -101,10 +104,9 @@ class Program:
         for name in self.inputs:
             values[self.slots[name]] = inputs[name]
         batch = inputs["sample"].shape[0]
-        conditioning = [inputs[name] for name in self.inputs if name not in ("sample", "timestep")]
         constants = self.rows[row]
-        self._cached("prompt", self._prompts, (batch,), conditioning, values, constants)
-        self._cached("time", self._times, (batch, timestep), conditioning, values, constants)
+        self._cached("prompt", self._prompts, (batch,), values, constants)
+        self._cached("time", self._times, (batch, timestep), values, constants)
         return values, constants
 
     def main(self, values: Values, constants: Row) -> Tensor:
@@ -117,10 +119,11 @@ class Program:
         shape = (1, -1, *[1] * (output.dim() - 2))
         return output * a.reshape(shape) + b.reshape(shape)
 
-    def _cached(
-        self, section: str, cache: _Cache, key: tuple, conditioning: list[Tensor], values: Values, row: Row
-    ) -> None:
-        """Run a section, or restore what it left behind at an earlier call with equal inputs."""
+    def _cached(self, section: str, cache: _Cache, key: tuple, values: Values, row: Row) -> None:
+        """Run a section, or restore what it left behind at an earlier call with equal inputs of those it reads."""
+        conditioning = [values[slot] for slot in self._reads[section]]
+        if cache.by_identity:  # the two prompts of guidance may take turns
+            key = (*key, *map(id, conditioning))
         kept = cache.get(key, conditioning)
         if kept is None:
             if section == "time" and not conditioning:
@@ -138,7 +141,7 @@ class Program:
         single: Values = [None] * len(values)
         for name in self.inputs:
             single[self.slots[name]] = values[self.slots[name]][:1]
-        for instruction in (*self.sections["prompt"], *self.sections["time"]):
+        for instruction in self._time_alone:
             instruction(single, row)
         batch = len(values[self.slots["sample"]])
         kept = []
@@ -238,11 +241,24 @@ class Compiler:
                 use[name] = max(use.get(name, -1), use.get(other, -1))
         return use
 
-    def section(self, name: str) -> list[Instruction]:
-        """Instructions of one section; the main one empties slots after their last reader."""
+    def needed_by(self, section: str) -> set[str]:
+        """Nodes and graph inputs that a section's values are made of."""
+        needed: set[str] = set()
+        for node in reversed(self.graph.nodes):
+            if node.section == section or node.name in needed:
+                needed |= {node.name, *node.refs()}
+        return needed
+
+    def inputs_read(self, section: str) -> list[int]:
+        """Slots of the conditioning that a section depends on."""
+        needed = self.needed_by(section)
+        return [self.slots[name] for name in self.graph.inputs if name in needed - {"sample", "timestep"}]
+
+    def section(self, name: str, among: Collection[str] | None = None) -> list[Instruction]:
+        """Instructions of one section, or of its nodes ``among`` some; the main one empties dead slots."""
         instructions = []
         for i, node in enumerate(self.graph.nodes):
-            if node.section != name:
+            if node.section != name or (among is not None and node.name not in among):
                 continue
             if node.op != "quantized_copy":  # a GroupNorm wrote it
                 instructions.append(self.instruction(i, node))
@@ -541,7 +557,7 @@ class Compiler:
 
 def _linear_by_sample(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y[b] = W x[b] + bias, one b at a time: a matrix product's last bits depend on how many rows it has."""
-    if len(x) > 1 and bool((x == x[:1]).all()):
+    if len(x) > 1 and x.device.type == "cpu" and bool((x == x[:1]).all()):  # elsewhere the host would wait for it
         return F.linear(x[:1], weight, bias).repeat(len(x), *[1] * (x.dim() - 1))
     return torch.cat([F.linear(row, weight, bias) for row in x.split(1)])
 

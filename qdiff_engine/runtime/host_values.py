@@ -13,12 +13,15 @@ def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+_SNAPSHOTS = 4  # per name: prompts may take turns
+
+
 class HostValues:
     """Remembers, for as long as a tensor lives unchanged, its values on the host and a copy of it."""
 
     def __init__(self) -> None:
         self._schedule: tuple[weakref.ref[Tensor], int, list[float]] | None = None
-        self._snapshots: dict[str, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+        self._snapshots: dict[str, list[tuple[weakref.ref[Tensor], int, Tensor]]] = {}
 
     def first(self, tensor: Tensor) -> float:
         """The first value of ``tensor``.
@@ -39,10 +42,12 @@ class HostValues:
     def snapshot(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of ``tensor``, in float32 if it is floating: the same object again while the tensor is unchanged."""
         count = version(tensor)
-        known = self._snapshots.get(name)
-        if known is not None and known[0]() is tensor and count is not None and known[1] == count:
-            return known[2]
+        known = [entry for entry in self._snapshots.get(name, ()) if entry[0]() is not None]
+        for entry in known:
+            if entry[0]() is tensor and entry[1] == count:
+                return entry[2]
         copied = tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
         if count is not None:
-            self._snapshots[name] = (weakref.ref(tensor), count, copied)
+            kept = [entry for entry in known if entry[0]() is not tensor][-_SNAPSHOTS + 1 :]
+            self._snapshots[name] = [*kept, (weakref.ref(tensor), count, copied)]
         return copied

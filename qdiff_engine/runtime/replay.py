@@ -63,6 +63,7 @@ class _Batch:
 
     values: dict[int, Tensor]  # slot -> where recordings read it
     constants: list[tuple[int, Any]]  # sizes, which a batch size determines
+    sources: dict[int, Tensor]  # slot -> what the prompt or a timestep gave, and is there already
     recorded: dict[tuple[int, ...], Recorded]
 
 
@@ -98,6 +99,7 @@ class ReplayedProgram(Program):
             mode: Row(tuple((self.current[i], 0, bits) for i, bits in enumerate(mode)), *terms)
             for mode in set(self.modes)
         }
+        self._remembered = {slot for kept in self._kept.values() for slot in kept}
         self._batches: OrderedDict[int, _Batch] = OrderedDict()
 
     @torch.inference_mode()
@@ -108,8 +110,10 @@ class ReplayedProgram(Program):
         self.corrected.copy_(self.corrections[row])
         batch = self._batch(len(inputs["sample"]), values)
         for slot, place in batch.values.items():
-            if place is not values[slot]:
+            if batch.sources.get(slot) is not values[slot]:
                 place.copy_(values[slot])
+                if slot in self._remembered:
+                    batch.sources[slot] = values[slot]
         mode = self.modes[row]
         if mode not in batch.recorded:
             batch.recorded[mode] = self.record(lambda: self._main(batch, self._mode_rows[mode]))
@@ -125,11 +129,12 @@ class ReplayedProgram(Program):
         """The fixed addresses of a batch size, made at its first call."""
         found = self._batches.get(size)
         if found is None:
-            read = {self.slots[name] for name in self.inputs} | {slot for kept in self._kept.values() for slot in kept}
+            read = {self.slots[name] for name in self.inputs} | self._remembered
             present = [(slot, values[slot]) for slot in sorted(read) if values[slot] is not None]
             found = _Batch(
                 {slot: value.clone() for slot, value in present if isinstance(value, Tensor)},
                 [(slot, value) for slot, value in present if not isinstance(value, Tensor)],
+                {},
                 {},
             )
             self._batches[size] = found
