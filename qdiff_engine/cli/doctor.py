@@ -41,8 +41,6 @@ def examine() -> dict[str, Any]:
     backends = ops.backends()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     fast, verdict = judge(features, backends, "" if built else reason)
-    refusals = [ops.refusal(torch.device("cuda", i)) for i in range(len(gpus))]
-    verdict = " ".join([verdict, *(f"GPU {i} cannot be used: {r}." for i, r in enumerate(refusals) if r is not None)])
     return {
         "torch": torch.__version__,
         "triton": _version("triton"),

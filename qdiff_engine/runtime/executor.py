@@ -471,6 +471,8 @@ class Compiler:
         layer = float_layer(node, parts, self.device, self.dtype, self.kernels["quantize"])
         biases = [self.value(b)([]) for b in (k["bias"] if isinstance(k["bias"], tuple) else (k["bias"],))]
         constant_bias = None if biases[0] is None else torch.cat(biases)
+        if constant_bias is not None and node is not self.corrected_layer:
+            constant_bias = constant_bias.to(self.dtype)
         corrected, temb, residual = self._corrected(node), self.value(k.get("temb")), self.value(k["residual"])
         column = self.columns[k["site"]] if k.get("site") else None
 
