@@ -1,10 +1,12 @@
-"""The engine's CPU kernels at shapes of real UNets, beside torch in float32 and bfloat16.
+"""The engine's kernels at shapes of real UNets: on a CPU beside torch in float32 and bfloat16, on a GPU its libraries.
 
-python -m benchmarks.kernels    all rows, written to benchmarks/results/cpu-kernels.json
+python -m benchmarks.kernels                  all rows, written to benchmarks/results/cpu-kernels.json
+python -m benchmarks.kernels --device cuda    the same for the GPU: benchmarks/results/h200-kernels.json on an H200
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -186,19 +188,25 @@ def measure(precision: str, case: Case, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    """The command."""
+def main() -> int:
+    """The command; exit status 1 where a GPU's section went wrong."""
     parser = results_file.arguments(__doc__, RESULTS)
+    results_file.device_arguments(parser)
     parser.add_argument("--repetitions", type=int, default=50, help="timed rounds")
     options = parser.parse_args()
     torch.manual_seed(0)
+    if options.device == "cuda":
+        from benchmarks import gpu_sections
+
+        return gpu_sections.main(options, "kernels", gpu_sections.kernel_sections)
     with thread_count(options.threads), torch.inference_mode():
         machine = results_file.machine()
         rounds = 3 if options.quick else options.repetitions
         rows = [row for precision, case in cases(options.quick) for row in measure(precision, case, rounds)]
     results_file.show("CPU kernels", rows, COLUMNS)
     results_file.finish(options, RESULTS, "kernels", machine, rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

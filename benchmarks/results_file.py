@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -35,23 +36,67 @@ KEYS = {
         "model", "weights", "activations", "plan", "eta", "correction", "alignment", "seed", "psnr_db", "ssim",
         "latent_error", "frechet_to_float", "gbops", "calibration_seconds",
     ),
+    "sweep": (
+        "name", "shape", "precision", "median_ms", "p05_ms", "p95_ms", "tops", "gbps", "baseline", "baseline_ms",
+        "speedup",
+    ),
+    "tune": ("name", "shape", "precision", "arch", "m", "n", "k", "k_multiple", "count", "tile", "splits", "median_ms"),
 }  # fmt: skip
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "i8mm")
 
 
-def machine(device: str = "cpu") -> dict[str, Any]:
-    """The machine and software that a run's figures belong to."""
-    where: dict[str, Any] = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {"cpu": _processor()}
+def machine(device: str = "cpu", commit: str | None = None) -> dict[str, Any]:
+    """The machine and software that a run's figures belong to.
+
+    Args:
+        device: "cpu" or "cuda".
+        commit: of the sources, where they are no git checkout.
+    """
     return {
-        **where,
+        **(_gpu() if device == "cuda" else {"cpu": _processor()}),
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "openvino": _version("openvino"),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit or _commit(),
     }
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": _driver(),
+    }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
+
+
+def slug(gpu: str) -> str:
+    """A GPU's name in file names: "NVIDIA H200" -> "h200", "NVIDIA GeForce RTX 4090" -> "rtx-4090"."""
+    words = [word for word in re.split(r"[^a-z0-9]+", gpu.lower()) if word not in ("", "nvidia", "geforce", "tesla")]
+    return "-".join(words) or "gpu"
+
+
+def default_path(kind: str, device: str = "cpu") -> Path:
+    """Where the rows of ``kind`` go: results/cpu-unet.json, results/h200-unet.json."""
+    return RESULTS / f"{slug(torch.cuda.get_device_name()) if device == 'cuda' else 'cpu'}-{kind}.json"
 
 
 def _processor() -> str:
@@ -76,7 +121,10 @@ def _commit() -> str | None:
     """Hash of HEAD, marked where the tree differs from it; None outside a repository."""
 
     def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:  # no git here
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     head = git("rev-parse", "--verify", "HEAD")
@@ -146,6 +194,17 @@ def arguments(description: str | None, results: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: as torch chooses)")
     parser.add_argument("--out", type=Path, default=None, help=f"result file (default: benchmarks/results/{results})")
     return parser
+
+
+def device_arguments(parser: argparse.ArgumentParser, default: str = "cpu") -> None:
+    """The options of benchmarks that run section by section on a GPU."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="default: %(default)s")
+    parser.add_argument(
+        "--budget-seconds", type=float, default=None, help="stop in time, between sections; the same command goes on"
+    )
+    parser.add_argument("--sections", default="", help="only sections whose name matches this regular expression")
+    parser.add_argument("--afresh", action="store_true", help="forget the rows of an earlier run")
+    parser.add_argument("--commit", default=None, help="of the sources, where they are no git checkout")
 
 
 def finish(options: argparse.Namespace, results: str, kind: str, machine_: Mapping[str, Any], rows: list) -> None:
