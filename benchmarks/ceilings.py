@@ -52,4 +52,4 @@ def measure(device: torch.device, side: int = _SIDE, copy_bytes: int = _COPY_BYT
         raise RuntimeError(f"a ceiling could not be measured: {absent | failed}")
     rate = {name: 2.0 * side**3 / t["median"] / 1e9 for name, t in found.items()}
     gbps = 2.0 * copy_bytes / copied["copy"]["median"] / 1e6
-    return Ceilings(*(round(v, 2) for v in (gbps, rate["int8"], rate["float16"], rate["bfloat16"])))
+    return Ceilings(*(float(f"{v:.5g}") for v in (gbps, rate["int8"], rate["float16"], rate["bfloat16"])))

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import importlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import numerics, ops
+from .baselines import Inputs, float_contestants, moved
 from .graph.interpret import flatten_conditioning
 from .graph.ir import Node, sizes
 from .measuring import (
     Contestant,
-    autocast,
-    channels_last,
+    cuda_graph,
     device_synchronize,
     interleaved,
     peak_memory,
@@ -35,15 +35,6 @@ _PAUSE = 0.05  # seconds between contestants, in which the threads of the last o
 _SANE_DISTANCE = 1.0  # relative L2 to the float output; unrelated outputs of equal size differ by 1.4
 
 
-class Inputs(NamedTuple):
-    """The arguments of one forward pass."""
-
-    sample: Tensor  # [B, C, H, W]
-    timestep: Tensor  # [B], one value
-    conditioning: dict[str, Any]
-
-
-@torch.inference_mode()
 def bench(
     model: IntegerUNet,
     unet: nn.Module | None = None,
@@ -54,6 +45,7 @@ def bench(
     conditioning: Conditioning = None,
     timestep: float | None = None,
     memory: bool = True,
+    compile_: bool = False,
     on_round: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Time one forward pass of ``model``, of its integer calls alone, and of float baselines, round by round.
@@ -66,6 +58,7 @@ def bench(
         conditioning: the UNet's keyword arguments, cycled over the batch; needed where the model takes any.
         timestep: measured timestep; by default several rows from the noisiest to the last take turns.
         memory: measure peak memory too, in one fresh process per model.
+        compile_: on a GPU, time torch.compile too, which compiles for minutes.
         on_round: called with (rounds done, rounds in all).
 
     Returns:
@@ -81,23 +74,28 @@ def bench(
     check_count("batch", batch), check_count("repetitions", repetitions)
     if threads is not None:
         check_count("threads", threads)
-    with thread_count(threads) as used:
+    on_gpu = model.device.type == "cuda"
+    # torch.compile knows tensors made without gradients, not those of inference mode
+    with thread_count(threads) as used, torch.no_grad() if on_gpu else torch.inference_mode(), _cudnn_tuned():
         inputs = input_sets(model, batch, timestep, conditioning)
-        floats, absent = float_contestants(unet, inputs, model.device, used)
+        floats, absent = float_contestants(unet, inputs, model.device, used, compile_)
         contestants: dict[str, Contestant] = {ENGINE: lambda i: predict(model, *inputs[i])}
-        error = check_outputs(contestants[ENGINE], floats.get("torch-fp32"), len(inputs))
+        reference = floats.get("torch-fp16" if on_gpu else "torch-fp32")
+        if unet is not None and reference is None:
+            raise ValueError(f"the float network does not run: {absent.get('torch-fp16')}")
+        error = check_outputs(contestants[ENGINE], reference, len(inputs))
         calls = integer_calls(model, inputs[0])
         if calls:
-            contestants[FLOOR] = _in_sequence(calls)
+            contestants[FLOOR] = _in_sequence(calls, on_gpu)
         times = interleaved(
             {**contestants, **floats},
             repetitions,
             sets=len(inputs),
-            pause=_PAUSE if model.device.type == "cpu" else 0.0,
+            pause=0.0 if on_gpu else _PAUSE,
             synchronize=device_synchronize(model.device),
             on_round=on_round,
         )
-        del contestants, floats, calls  # the children below need the memory
+        del contestants, floats, calls, reference  # the children below need the memory
         peaks = peak_memories(model, unet, inputs, used) if memory else {}
     medians = {name: summary(values) for name, values in times.items()}
     engine, floor = medians.pop(ENGINE), medians.pop(FLOOR, None)
@@ -119,103 +117,32 @@ def bench(
     }
 
 
+@contextlib.contextmanager
+def _cudnn_tuned() -> Iterator[None]:
+    """cuDNN tries its algorithms for every shape inside, as whoever cares for speed lets it."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def input_sets(model: IntegerUNet, batch: int, timestep: float | None, conditioning: Conditioning) -> list[Inputs]:
     """`INPUT_SETS` draws of latents, with timesteps spread over the calibrated rows; one conditioning for all."""
     given = conditioning_for(conditioning, range(batch))
     missing = sorted(set(model.graph.inputs) - {"sample", "timestep"} - set(flatten_conditioning(given)))
     if missing:
         raise ValueError(f"conditioning must give {', '.join(missing)}: the model takes it")
-    given = {name: _moved(value, model.device) for name, value in given.items()}
+    given = moved(given, model.device, None if model.device.type == "cpu" else model.dtype)
     rows, generator = model.table.timesteps, torch.Generator().manual_seed(0)
     result = []
     for i in range(INPUT_SETS):
         value = timestep if timestep is not None else rows[round(i * (len(rows) - 1) / (INPUT_SETS - 1))]
-        sample = torch.randn(sizes(model.graph.inputs["sample"], batch), generator=generator).to(model.device)
-        result.append(Inputs(sample, timestep_tensor(value, batch).to(model.device), given))
+        sample = torch.randn(sizes(model.graph.inputs["sample"], batch), generator=generator)
+        step = timestep_tensor(value, batch).to(model.device)
+        result.append(Inputs(sample.to(model.device, model.dtype), step, given))
     return result
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _moved(item, device) for name, item in value.items()}
-    return value.to(device)
-
-
-def float_contestants(
-    unet: nn.Module | None, inputs: list[Inputs], device: torch.device, threads: int
-) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """The float baselines by name, and why others are absent."""
-    if unet is None:
-        return {}, {}
-    module = channels_last(copy.deepcopy(unet).float().eval().to(device))
-
-    def under(dtype: torch.dtype | None) -> Contestant:
-        def run(i: int) -> Tensor:
-            with autocast(device, dtype):
-                return predict(module, *inputs[i])
-
-        return run
-
-    contestants = {"torch-fp32": under(None), "torch-bf16": under(torch.bfloat16)}
-    absent: dict[str, str] = {}
-    for name, make in (("openvino-bf16", openvino_contestant), ("openvino-int8", openvino_int8_contestant)):
-        try:
-            contestants[name] = make(module, inputs, device, threads)
-        except (ImportError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            absent[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return contestants, absent
-
-
-class _Positional(nn.Module):
-    """A UNet without conditioning as (sample, timestep) -> tensor, the form converters trace."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return predict(self.unet, sample, timestep, {})
-
-
-def _openvino_model(module: nn.Module, inputs: list[Inputs], device: torch.device) -> tuple[Any, Any]:
-    """(the openvino package, the converted network)."""
-    openvino = importlib.import_module("openvino")
-    if device.type != "cpu":
-        raise ValueError(f"compared on the CPU only, not on {device.type}")
-    if inputs[0].conditioning:
-        raise ValueError("compared only for networks without conditioning")
-    # converters trace under no_grad, which inference tensors do not allow
-    with torch.inference_mode(False), torch.no_grad():
-        example = (inputs[0].sample.clone(), inputs[0].timestep.clone())
-        return openvino, openvino.convert_model(_Positional(module), example_input=example)
-
-
-def _openvino_run(openvino: Any, network: Any, inputs: list[Inputs], precision: str, threads: int) -> Contestant:
-    shapes = (inputs[0].sample.shape, inputs[0].timestep.shape)
-    network.reshape({i: openvino.PartialShape(list(shape)) for i, shape in enumerate(shapes)})
-    options = {
-        "INFERENCE_PRECISION_HINT": precision,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-    }
-    compiled = openvino.compile_model(network, "CPU", options)
-    arrays = [(item.sample.numpy(), item.timestep.numpy()) for item in inputs]
-    return lambda i: torch.from_numpy(compiled(list(arrays[i]))[0])
-
-
-def openvino_contestant(module: nn.Module, inputs: list[Inputs], device: torch.device, threads: int) -> Contestant:
-    """OpenVINO with its bfloat16 hint."""
-    openvino, network = _openvino_model(module, inputs, device)
-    return _openvino_run(openvino, network, inputs, "bf16", threads)
-
-
-def openvino_int8_contestant(module: nn.Module, inputs: list[Inputs], device: torch.device, threads: int) -> Contestant:
-    """OpenVINO on the network that NNCF quantised to int8 with its defaults."""
-    nncf = importlib.import_module("nncf")
-    openvino, network = _openvino_model(module, inputs, device)
-    samples = [(item.sample.numpy(), item.timestep.numpy()) for item in inputs]
-    quantized = nncf.quantize(network, nncf.Dataset(samples, list), subset_size=len(samples))
-    return _openvino_run(openvino, quantized, inputs, "bf16", threads)
 
 
 def check_outputs(engine: Contestant, reference: Contestant | None, sets: int) -> float | None:
@@ -238,7 +165,7 @@ def check_outputs(engine: Contestant, reference: Contestant | None, sets: int) -
 def integer_calls(model: IntegerUNet, inputs: Inputs) -> list[Callable[[], Tensor]]:
     """Every integer convolution and linear that a step runs, on random integers of its shape and with nothing fused.
 
-    A convolution gets its image padded and upsampled already, as the kernel before it can write it.
+    A convolution gets its image upsampled already, and on a CPU padded, as the kernel before it can write it.
     """
     row = model.table.row(float(inputs.timestep[0]))
     return [call for node in model.graph.nodes for call in _integer_call(model, node, row, len(inputs.sample))]
@@ -254,34 +181,42 @@ def _integer_call(model: IntegerUNet, node: Node, row: int, batch: int) -> Itera
         if int(model.table.bits[row, column]) == 16:
             continue
         scale, zero_point = float(model.table.scale[row, column]), int(model.table.zero_point[row, column])
-        shape = _operand_shape(node, weight.values, sizes(model.graph.node(ref.name).shape, batch))
-        q = torch.randint(0, 16, shape, dtype=torch.uint8).to(ops.storage(model.device))
+        shape = _operand_shape(node, weight.values, sizes(model.graph.node(ref.name).shape, batch), model.device)
+        q = torch.randint(0, 8, shape, dtype=torch.uint8).to(ops.storage(model.device))
         q, values, scales = (t.to(model.device) for t in (q, weight.values, weight.scale))
+        at: Any = scale
+        if model.device.type != "cpu":  # as a step of the replayed program reads it
+            at = torch.tensor([scale, numerics.inverse_scale(scale), zero_point], device=model.device)
+        out = {} if model.device.type == "cpu" else {"out_dtype": model.dtype}
         if node.op == "int_gemm":
-            yield _bound(run, q, ops.pack_gemm(values, scales), scale, zero_point)
+            yield _bound(run, q, ops.pack_gemm(values, scales, weight.bits), at, zero_point, **out)
         else:
             geometry = {name: node.kwargs[name] for name in ("stride", "dilation", "groups")}
-            q = q.contiguous(memory_format=torch.channels_last)
-            yield _bound(run, [ops.Segment(q, ops.pack_conv2d(values, scales, **geometry), scale, zero_point)])
+            geometry |= {} if model.device.type == "cpu" else {"padding": node.kwargs["padding"]}
+            q, packed = q.contiguous(memory_format=torch.channels_last), ops.pack_conv2d(
+                values, scales, **geometry, bits=weight.bits
+            )  # fmt: skip
+            yield _bound(run, [ops.Segment(q, packed, at, zero_point)], **out)
 
 
-def _in_sequence(calls: list[Callable[[], Tensor]]) -> Contestant:
-    def run(i: int) -> None:
+def _in_sequence(calls: list[Callable[[], Tensor]], on_gpu: bool) -> Contestant:
+    def once() -> None:
         for call in calls:
             call()
 
-    return run
+    run = cuda_graph(once) if on_gpu else once
+    return lambda i: run()
 
 
-def _bound(run: Callable[..., Tensor], *arguments: Any) -> Callable[[], Tensor]:
-    return lambda: run(*arguments)
+def _bound(run: Callable[..., Tensor], *arguments: Any, **options: Any) -> Callable[[], Tensor]:
+    return lambda: run(*arguments, **options)
 
 
-def _operand_shape(node: Node, weight: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the integers that a layer multiplies, its image padded and upsampled."""
+def _operand_shape(node: Node, weight: Tensor, shape: tuple[int, ...], device: torch.device) -> tuple[int, ...]:
+    """Shape of the integers that a layer multiplies, its image upsampled, and on a CPU padded."""
     if node.op == "int_gemm":
         return (*shape[:-1], weight.shape[1])
-    top, bottom, left, right = node.kwargs["padding"]
+    top, bottom, left, right = node.kwargs["padding"] if device.type == "cpu" else (0, 0, 0, 0)
     height, width = (size * node.kwargs["upsample"] for size in shape[2:])
     return (shape[0], weight.shape[1] * node.kwargs["groups"], height + top + bottom, width + left + right)
 
@@ -299,14 +234,18 @@ def weight_bytes(model: IntegerUNet) -> int:
 def peak_memories(
     model: IntegerUNet, unet: nn.Module | None, inputs: list[Inputs], threads: int
 ) -> dict[str, int | None]:
-    """Peak memory of the engine and of the torch baselines, each in a process that loads nothing else."""
-    if model.device.type != "cpu":
-        return {}
+    """Peak memory of the engine and of the torch baselines, each in a process that loads nothing else.
+
+    On a CPU it is the process's; on a GPU what torch has allocated there.
+    """
     with tempfile.TemporaryDirectory(prefix="qdiff-bench-") as folder:
         artifact = Path(folder) / "artifact"
         model.save_pretrained(artifact)
-        peaks = {ENGINE: peak_memory(artifact, None, inputs, threads)}
-    if unet is not None:
+        peaks = {ENGINE: peak_memory(artifact, None, inputs, threads, model.dtype)}
+    if unet is not None and model.device.type == "cuda":
+        module = copy.deepcopy(unet).half().eval()
+        peaks["torch-fp16"] = peak_memory(None, module, inputs, threads, torch.float16)
+    elif unet is not None:
         module = copy.deepcopy(unet).float().eval()
         peaks["torch-fp32"] = peak_memory(None, module, inputs, threads)
         peaks["torch-bf16"] = peak_memory(None, module, inputs, threads, torch.bfloat16)

@@ -88,6 +88,25 @@ def device_synchronize(device: torch.device) -> Callable[[], None]:
     return lambda: None
 
 
+def cuda_graph(function: Callable[[], Any], warm_up: int = 3) -> Callable[[], Any]:
+    """``function`` captured as a CUDA graph: calls replay it, and return the same memory, overwritten."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries choose algorithms and allocate their workspaces
+        for _ in range(warm_up):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = function()
+
+    def replay() -> Any:
+        graph.replay()
+        return output
+
+    return replay
+
+
 @contextlib.contextmanager
 def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
     """torch.autocast to ``dtype``, or nothing where it is None."""
@@ -107,13 +126,15 @@ def peak_memory(
     threads: int,
     dtype: torch.dtype | None = None,
 ) -> int | None:
-    """Largest resident set, in bytes, of a fresh process that loads one model and runs it; None where unknown.
+    """Most memory, in bytes, of a fresh process that loads one model and runs it; None where unknown.
 
     The process holds what a deployment holds: the interpreter, torch, the artifact (``artifact``) or the float
-    module (``unet``, channels_last, under autocast to ``dtype``), and a forward pass on each of ``inputs``. Linux
-    only, where the kernel keeps the high-water mark (VmHWM) of an address space.
+    module (``unet``, channels_last), and a forward pass on each of ``inputs``, on their device. On a CPU it is the
+    largest resident set (Linux only, where the kernel keeps VmHWM) and ``dtype`` that of autocast; on a GPU what torch
+    has allocated there at most, CUDA graphs included, and ``dtype`` that of the model itself.
     """
-    if not Path("/proc/self/status").exists():
+    device = inputs[0][0].device
+    if device.type == "cpu" and not Path("/proc/self/status").exists():
         return None
     with tempfile.TemporaryDirectory(prefix="qdiff-bench-") as folder:
         job = Path(folder) / "job.pt"
@@ -123,6 +144,7 @@ def peak_memory(
         torch.save([(sample, timestep, dict(conditioning)) for sample, timestep, conditioning in inputs], job)
         order = {"artifact": str(artifact) if artifact else None, "module": module, "inputs": str(job)}
         order |= {"threads": str(threads), "dtype": str(dtype).removeprefix("torch.") if dtype else None}
+        order["device"] = str(device)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         done = subprocess.run(
             [sys.executable, "-c", _CHILD, json.dumps(order)],
@@ -139,18 +161,21 @@ def run_child() -> None:
     order = json.loads(sys.argv[1])
     torch.set_num_threads(int(order["threads"]))
     dtype = getattr(torch, order["dtype"]) if order["dtype"] else None
+    device = torch.device(order["device"])
+    inputs = torch.load(order["inputs"], weights_only=True, map_location=device)
     model: Any
     if order["artifact"] is not None:
         from .runtime.model import load
 
-        model = load(order["artifact"])
+        model = load(order["artifact"], device=device, dtype=dtype)
     else:
-        model = channels_last(torch.load(order["module"], weights_only=False))
-    inputs = torch.load(order["inputs"], weights_only=True)
-    with torch.inference_mode(), autocast(torch.device("cpu"), dtype):
+        model = channels_last(torch.load(order["module"], weights_only=False).to(device))
+    cast = dtype if device.type == "cpu" and order["artifact"] is None else None
+    with torch.inference_mode(), autocast(device, cast):
         for i in range(_CHILD_RUNS):
             predict(model, *inputs[i % len(inputs)])
-    print(json.dumps({"peak_memory_bytes": high_water_mark()}))
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else high_water_mark()
+    print(json.dumps({"peak_memory_bytes": peak}))
 
 
 def high_water_mark() -> int:

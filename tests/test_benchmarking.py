@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qdiff_engine as qe
-from qdiff_engine import benchmarking, measuring
+from qdiff_engine import baselines, benchmarking, measuring
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTRACT = {
@@ -40,6 +40,16 @@ class TinyUNet(nn.Module):
         x = self.down(F.silu(self.norm(x))) + self.time(timestep.float()[:, None] / 1000)[:, :, None, None]
         x = self.up(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return self.leave(F.silu(x))
+
+
+class HalfUNet(nn.Conv2d):
+    """A network that any floating dtype suits."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(sample) * timestep.to(sample.dtype)[:, None, None, None]
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +167,37 @@ def test_an_insane_output_is_not_timed(tiny: tuple[nn.Module, qe.IntegerUNet]) -
     nan = torch.tensor([math.nan])
     with pytest.raises(ValueError, match="not finite"):
         benchmarking.check_outputs(lambda i: nan, None, 1)
+
+
+def test_float16_contestants_agree(tiny: tuple[nn.Module, qe.IntegerUNet], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on a GPU, in half precision on a CPU, a captured graph being the function again."""
+    unet, model = tiny
+    monkeypatch.setattr(baselines, "cuda_graph", lambda function: function)
+    inputs = benchmarking.input_sets(model, 2, None, None)
+    with torch.no_grad():
+        module = baselines.half_precision(unet, inputs[0])
+        assert isinstance(module, baselines._Autocast), "its time embedding is float32 whatever it is cast to"
+        assert not isinstance(baselines.half_precision(HalfUNet(), inputs[0]), baselines._Autocast)
+        contestants, absent = baselines.gpu_contestants(module, inputs, False)
+        assert set(contestants) == {"torch-fp16", "torch-fp16-graph"}
+        assert set(absent) == {"torch-fp16-compile", "torchao-int8"} and all(absent.values())
+        for i in range(len(inputs)):
+            eager, graph = (contestants[name](i) for name in ("torch-fp16", "torch-fp16-graph"))
+            assert eager.dtype == torch.float16 and torch.equal(eager, graph)
+            expected = measuring.predict(unet, *inputs[i])
+            assert float((eager.float() - expected).norm() / expected.norm()) < 0.01
+
+
+def test_a_contestant_that_fails_is_absent_with_its_reason() -> None:
+    def broken() -> measuring.Contestant:
+        raise ImportError("No module named 'torchao'")
+
+    def fails(i: int) -> None:
+        raise RuntimeError("out of memory\nsee the log")
+
+    contestants, absent = baselines.tried({"a": broken, "b": lambda: fails, "c": lambda: lambda i: i})
+    assert set(contestants) == {"c"}
+    assert absent == {"a": "No module named 'torchao'", "b": "out of memory"}
 
 
 def test_contestants_take_turns() -> None:

@@ -20,6 +20,7 @@ import torch
 
 from qdiff_engine.cli import main
 from qdiff_engine.cli.demo import Settings, is_finished
+from qdiff_engine.cli.doctor import judge_gpus
 from qdiff_engine.cli.options import read_conditioning, read_plan, scheduler_of
 
 TINY = ["--steps", "6", "--samples", "2", "--observer", "minmax"]
@@ -163,6 +164,19 @@ def test_doctor(run: Run) -> None:
     quick = any(features.get(name) for name in ("avx512_vnni", "amx_int8"))
     if data["extension"]["built"] and exact and quick:
         assert data["fast"] and data["verdict"].startswith("Fast for integers")
+    assert len(data["gpus"]) == len(data["gpu_details"]) == torch.cuda.device_count()
+    assert data["gpu_verdict"].startswith("--device cuda" if data["gpus"] else "No NVIDIA GPU")
+
+
+def test_doctor_says_whether_models_run_on_a_gpu() -> None:
+    details = [{"name": "NVIDIA H200"}]
+    old = {"available": False, "reason": "NVIDIA T4 has compute capability 7.5, the kernels need 8.0 or newer"}
+    none = {"available": False, "reason": "not part of this version"}
+    assert "7.5" in judge_gpus(details, {"triton": old, "cuda": none})
+    good = {"available": True, "reason": "Triton 3.6.0 on NVIDIA H200"}
+    assert judge_gpus(details, {"triton": good, "cuda": none}) == (
+        "--device cuda runs models, with triton (Triton 3.6.0 on NVIDIA H200)."
+    )
 
 
 @pytest.mark.parametrize("command", ["demo", "calibrate", "inspect", "sample", "compare", "bops", "bench", "doctor"])
@@ -319,6 +333,7 @@ def test_wrong_reference(run: Run, artifact: Path, tmp_path: Path) -> None:
     net.save_pretrained(tmp_path)
     refused(run("compare", artifact, "--reference", tmp_path, "--n", 1), "not the network", str(tmp_path))
     refused(run("bench", artifact, "--reference", tmp_path), "not the network")
+    refused(run("bench", artifact, "--reference", "demo", "--compile"), "--compile needs --device cuda")
     refused(run("compare", artifact, "--reference", artifact, "--n", 1), str(artifact))
     refused(run("calibrate", tmp_path, "--out", tmp_path / "art"), "no scheduler")
 

@@ -161,7 +161,7 @@ def test_contestants_are_timed_per_call_and_failures_named() -> None:
 
 
 def test_ceilings_are_rates() -> None:
-    limits = ceilings.measure(CPU, side=64, copy_bytes=1 << 16)
+    limits = ceilings.measure(CPU, side=256, copy_bytes=1 << 20)
     assert all(rate > 0 for rate in limits)
     assert LIMITS.peak_tops("w4a8") == 1000 and LIMITS.peak_tops("w8a16") == 700
     assert LIMITS.bound_ms(2e12, 1.0, "w8a8") == 2.0 and LIMITS.bound_ms(1.0, 8e9, "w8a8") == 2.0

@@ -30,7 +30,7 @@ def doctor(output: Output) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """torch, triton, cuda, gpus, backends {name: {available, reason}}, cpu, extension, fast, verdict."""
+    """torch, triton, cuda, gpus, backends {name: {available, reason}}, cpu, extension, fast, verdict, gpu_verdict."""
     import torch
 
     from .. import ops
@@ -39,13 +39,14 @@ def examine() -> dict[str, Any]:
     built, reason = native.available()
     features = native.cpu_features() if built else {}
     backends = ops.backends()
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    details = [_gpu(torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count())]
     fast, verdict = judge(features, backends, "" if built else reason)
     return {
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda,
-        "gpus": gpus,
+        "gpus": [gpu["name"] for gpu in details],
+        "gpu_details": details,
         "backends": backends,
         "cpu": {
             "name": processor(),
@@ -58,7 +59,28 @@ def examine() -> dict[str, Any]:
         "chosen": {operator: ops.chosen(operator, "cpu") for operator in ("int_conv2d", "groupnorm_silu_quantize")},
         "fast": fast,
         "verdict": verdict,
+        "gpu_verdict": judge_gpus(details, backends),
     }
+
+
+def _gpu(properties: Any) -> dict[str, Any]:
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+    }
+
+
+def judge_gpus(details: list[dict[str, Any]], backends: dict[str, dict[str, Any]]) -> str:
+    """One sentence: whether models run on this machine's GPUs, and with what, or why not."""
+    if not details:
+        return "No NVIDIA GPU that torch sees; models run on the CPU."
+    kernels = {name: backends[name] for name in ("triton", "cuda")}
+    usable = [f"{name} ({status['reason']})" for name, status in kernels.items() if status["available"]]
+    if usable:
+        return f"--device cuda runs models, with {' and '.join(usable)}."
+    return f"--device cuda cannot be used: {'; '.join(status['reason'] for status in kernels.values())}."
 
 
 def judge(features: dict[str, bool], backends: dict[str, dict[str, Any]], trouble: str) -> tuple[bool, str]:
@@ -101,7 +123,10 @@ def _show(console: Any, data: dict[str, Any]) -> None:
     cpu = data["cpu"]
     features = ", ".join(name for name, present in cpu["features"].items() if present) or "none known"
     console.print(f"torch {data['torch']}, triton {data['triton'] or 'absent'}, CUDA {data['cuda'] or 'none'}")
-    console.print(f"GPUs: {', '.join(data['gpus']) or 'none'}")
+    for gpu in data["gpu_details"]:
+        facts = f"compute capability {gpu['capability']}, {gpu['memory_bytes'] / 1e9:.0f} GB"
+        console.print(f"GPU: {gpu['name']}, {facts}, {gpu['multiprocessors']} multiprocessors", soft_wrap=True)
+    console.print(data["gpu_verdict"], soft_wrap=True)
     console.print(f"CPU: {cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads; {features}", soft_wrap=True)
     console.print(table)
     console.print(data["verdict"], soft_wrap=True)

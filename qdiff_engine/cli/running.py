@@ -214,6 +214,7 @@ def _show_comparison(console: Any, report: Any) -> None:
 )
 @click.option("--guidance", type=float, help="Time both branches of classifier-free guidance in one call.")
 @click.option("--eta", type=click.FloatRange(0, 1), help="Taken as by sample; one call costs the same for every eta.")
+@click.option("--compile", "compile_", is_flag=True, help="On a GPU, time torch.compile too; it compiles for minutes.")
 @machine_options
 @pass_output
 def bench(
@@ -225,6 +226,7 @@ def bench(
     conditioning: Path | None,
     guidance: float | None,
     eta: float | None,
+    compile_: bool,
     device: str,
     threads: int | None,
 ) -> None:
@@ -233,13 +235,16 @@ def bench(
     from ..runtime.model import load
 
     target = use_machine(device, threads)
+    if compile_ and (target.type == "cpu" or reference is None):
+        raise ValueError("--compile needs --device cuda and --reference MODEL, the network that is compiled")
     guided = guidance_arguments(conditioning, guidance)
     model = load(artifact, device=target)
     check_conditioning(model, guided["conditioning"], artifact)
     unet = load_reference(reference, artifact, model.key) if reference else None
     rows = batch if guidance is None else 2 * batch
     with output.progress("timing", 1) as advance:
-        data = run(model, unet, batch=rows, repetitions=repetitions, conditioning=guided["conditioning"])
+        given = guided["conditioning"]
+        data = run(model, unet, batch=rows, repetitions=repetitions, conditioning=given, compile_=compile_)
         advance()
     data |= {"batch": batch, "rows_per_call": rows}
     output.result(data, lambda console: _show_timing(console, data))
