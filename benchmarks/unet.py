@@ -2,6 +2,7 @@
 
 python -m benchmarks.unet            all rows, written to benchmarks/results/cpu-unet.json
 python -m benchmarks.unet --profile  where the milliseconds go, by kind of instruction
+python -m benchmarks.unet --device cuda    CIFAR-10, SD 1.5 and SDXL on a GPU: benchmarks/results/h200-unet.json
 """
 
 from __future__ import annotations
@@ -80,25 +81,31 @@ def show_profile(options: argparse.Namespace) -> None:
     results_file.show(title, rows, ("kind", "calls", "ms", "share"))
 
 
-def main() -> None:
-    """The command."""
+def main() -> int:
+    """The command; exit status 1 where a GPU's section went wrong."""
     parser = results_file.arguments(__doc__, RESULTS)
+    results_file.device_arguments(parser)
     parser.add_argument("--repetitions", type=int, default=20, help="timed rounds")
     parser.add_argument("--profile", action="store_true", help="print where the time goes instead; nothing is written")
     parser.add_argument("--precision", default="w8a8", help="of --profile")
     parser.add_argument("--batch", type=int, default=8, help="of --profile")
     options = parser.parse_args()
+    if options.device == "cuda":
+        from benchmarks import gpu_unet
+
+        return gpu_unet.main(options)
     with thread_count(options.threads):
         if options.profile:
             show_profile(options)
-            return
+            return 0
         machine = results_file.machine()
         rows = measure(options)
     results_file.show("UNets (random weights)", rows, COLUMNS)
     for name, reason in rows[0]["baselines_absent"].items():
         print(f"not compared with {name}: {reason}")
     results_file.finish(options, RESULTS, "unet", machine, rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

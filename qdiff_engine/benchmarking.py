@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import numerics, ops
-from .baselines import Inputs, float_contestants, moved
+from .baselines import Inputs, float_contestants, half_precision, moved
 from .graph.interpret import flatten_conditioning
 from .graph.ir import Node, sizes
 from .measuring import (
@@ -243,7 +243,7 @@ def peak_memories(
         model.save_pretrained(artifact)
         peaks = {ENGINE: peak_memory(artifact, None, inputs, threads, model.dtype)}
     if unet is not None and model.device.type == "cuda":
-        module = copy.deepcopy(unet).half().eval()
+        module = half_precision(unet, inputs[0]).cpu()
         peaks["torch-fp16"] = peak_memory(None, module, inputs, threads, torch.float16)
     elif unet is not None:
         module = copy.deepcopy(unet).float().eval()
