@@ -117,22 +117,23 @@ def test_baselines_of_later_sections_join_their_rows() -> None:
     assert len(gpu_unet.merged(rows, [{**rows[0], "batch": 8}])) == 2
 
 
+class One(nn.Module):
+    """A single convolution: the last layer, whose input is quantised to 8 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = nn.Conv2d(4, 6, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.only(x) + 0 * t.float()[:, None, None, None]
+
+
 def test_bounds_by_hand() -> None:
-    """A single 3x3 convolution with 8-bit weights and a floating input: 0.5 TOPS, or 1 GB/s, whichever is slower."""
-
-    class One(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.only = nn.Conv2d(4, 6, 3, padding=1)
-
-        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return self.only(x) + 0 * t.float()[:, None, None, None]
-
+    """1 GB/s or 1 TOPS, whichever takes longer."""
     model: qe.IntegerUNet = synthetic.integer_model(synthetic.ranged(One(), (4, 8, 8), {}, CPU), "w8a8", CPU)
     outputs, inputs, weights = 3 * 6 * 64, 3 * 4 * 64, 6 * 36
-    moved = 2 * outputs + 2 * inputs + weights
-    assert bounds.forward_bound_ms(model, 3, LIMITS) == pytest.approx(moved / 1e6)
-    slow = LIMITS._replace(fp16_tops=1e-6)
+    assert bounds.forward_bound_ms(model, 3, LIMITS) == pytest.approx((2 * outputs + inputs + weights) / 1e6)
+    slow = LIMITS._replace(int8_tops=1e-6)
     assert bounds.forward_bound_ms(model, 3, slow) == pytest.approx(2 * outputs * 36 / 1e-6 / 1e9)
 
 
