@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import qdiff_engine as qe
+from qdiff_engine.quantization import site_bits
+from qdiff_engine.tables import Table
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and there is none here")
 NAMES = ["unet2d", "sd", "plain"]
@@ -63,6 +65,50 @@ def test_a_hundred_runs_are_one(artifact: tuple[str, Path]) -> None:
     first = call(model, name, 2, model.table.timesteps[0])
     for _ in range(99):
         assert torch.equal(call(model, name, 2, model.table.timesteps[0]), first)
+
+
+MODES = ("A8", "A4", "A16", "A4")
+
+
+def mixed(model: qe.IntegerUNet, **options: object) -> qe.IntegerUNet:
+    """``model`` on the GPU with a mode of its own in every row; ranges of 8 bits, widened to 16 times for 4."""
+    table = model.table
+    assert len(table.timesteps) == len(MODES)
+    bits = site_bits(model.graph, table.sites, MODES, "a16")
+    four = bits == 4
+    scale = torch.where(four, 17 * table.scale, table.scale)
+    zero_point = torch.where(four, ((table.zero_point + 128) / 17).round().int() - 8, table.zero_point)
+    rows = Table(
+        table.timesteps, MODES, table.sites, scale, zero_point, bits, table.output_scale, table.output_shift
+    )  # fmt: skip
+    return networks.rebuilt(model, table=rows, device="cuda", **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_modes_take_turns(name: str) -> None:
+    """Any order of modes gives the bits that each row gives alone and launched kernel by kernel."""
+    model = networks.integer_model(name, "w8a8")
+    graphs, eager = mixed(model), mixed(model, graphs=False)
+    timesteps = graphs.table.timesteps
+    alone = {t: call(eager, name, 2, t) for t in timesteps}
+    assert not torch.equal(alone[timesteps[0]], alone[timesteps[1]])
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (0, 2, 0, 1, 1, 3, 0)):
+        for row in order:
+            assert torch.equal(call(graphs, name, 2, timesteps[row]), alone[timesteps[row]]), (order, row)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
+    """Batches of several sizes, also between modes: kernels sum in an order that the batch size does not change."""
+    model = mixed(networks.integer_model(name, "w8a8"), dtype=torch.float32)
+    x = torch.randn((8, *model.graph.inputs["sample"][1:]), generator=torch.Generator().manual_seed(3)).cuda()
+    given = on(networks.conditioning(name, 8), model.device)
+    for timestep in model.table.timesteps[:2]:
+        whole = model(x, timestep, **given).sample
+        for batch in (1, 3, 5):
+            part = model(x[:batch], timestep, **on(networks.conditioning(name, batch), model.device)).sample
+            distance = float((part - whole[:batch]).norm() / whole[:batch].norm())
+            assert distance < 0.02, (timestep, batch, distance)
 
 
 def test_memory_does_not_grow(artifact: tuple[str, Path]) -> None:
