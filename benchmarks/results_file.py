@@ -132,7 +132,9 @@ def _commit() -> str | None:
     return f"{head}+changes" if head and changed else head
 
 
-def write(path: Path, kind: str, machine_: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+def write(
+    path: Path, kind: str, machine_: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], quiet: bool = False
+) -> None:
     """Check the document and put it in place as a whole."""
     document = {"machine": dict(machine_), "rows": [dict(row) for row in rows]}
     check(document, kind)
@@ -140,7 +142,8 @@ def write(path: Path, kind: str, machine_: Mapping[str, Any], rows: Sequence[Map
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
-    print(f"wrote {path}")
+    if not quiet:
+        print(f"wrote {path}")
 
 
 def kind_of_file(path: Path) -> str:

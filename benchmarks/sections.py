@@ -123,7 +123,7 @@ def run(
                 break
             machine["absent"][section.name] = f"did not finish in {left:.0f} s"
             print(f"{section.name}: {machine['absent'][section.name]}", file=sys.stderr)
-        except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # compilers raise types of their own; what happened is told, and is the exit status
             reason = (str(error).strip().splitlines() or [""])[0]
             wrong.append(f"{section.name}: {type(error).__name__}: {reason}")
             print(wrong[-1], file=sys.stderr)
@@ -132,5 +132,7 @@ def run(
             machine["sections"][section.name] = round(clock() - began, 1)
             print(f"{section.name}: {machine['sections'][section.name]} s", file=sys.stderr)
         if path is not None and rows:
-            results_file.write(path, kind, machine, rows)
+            results_file.write(path, kind, machine, rows, quiet=True)
+    if path is not None:
+        print(f"{path}: {len(rows)} rows, {len(machine['sections'])} of {len(sections)} sections")
     return rows, wrong

@@ -194,6 +194,17 @@ def test_weights_in_pieces_are_loaded(example: Any, tmp_path: Path, monkeypatch:
     assert set(json.loads(index.read_text())["weight_map"].values()) == set(files)
 
 
+def test_a_run_can_begin_with_earlier_weights(example: Any, data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    unet = example.unet.CifarUNet((32, 64), 1)
+    example.train.export(tmp_path / "earlier", unet, "linear")
+    arguments = ["--data", str(data), *TINY, "--steps", "4", "--minutes", "0"]
+    assert example.train.main([*arguments, "--out", str(tmp_path / "x"), "--init", str(tmp_path / "earlier")]) == 0
+    loaded = load_model(tmp_path / "x").unet.state_dict()
+    assert all(torch.equal(value.half().float(), loaded[name]) for name, value in unet.state_dict().items())
+    assert example.train.main([*arguments, "--out", str(tmp_path / "y"), "--init", str(tmp_path)]) == 1
+
+
 def test_training_lowers_the_loss(example: Any) -> None:
     """Images of one colour are soon told from noise."""
     settings = example.train.Settings(steps=20, batch=4, channels=(32, 64), layers=1, warmup=3, learning_rate=2e-3)

@@ -14,6 +14,7 @@ import qdiff_engine as qe
 from benchmarks import bounds, gpu_unet, models, results_file, synthetic
 from benchmarks.ceilings import Ceilings
 from qdiff_engine import baselines
+from qdiff_engine.graph.operators import FLOAT_OPS
 from qdiff_engine.sampling import predict
 
 CPU = torch.device("cpu")
@@ -67,6 +68,18 @@ def test_the_large_networks_have_their_size(name: str, millions: float, monkeypa
     x = torch.empty(2, *models.shape_of(name), device="meta")
     on_meta = baselines.moved(given, torch.device("meta"))
     assert predict(unet, x, torch.full((2,), 500, device="meta"), on_meta).shape == x.shape
+
+
+MADE = {"arange": (3,), "ones": ((2,),), "zeros": ((2,),), "full": ((2,), 0.5), "scalar_tensor": (1,)}
+
+
+@pytest.mark.parametrize("name, arguments", MADE.items())
+def test_made_tensors_follow_the_device(name: str, arguments: tuple) -> None:
+    """A graph knows no devices: what its operators make of nothing must land where the rest of it runs."""
+    expected = getattr(torch.ops.aten, name)(*arguments, dtype=torch.float32)
+    assert torch.equal(FLOAT_OPS[name](*arguments, dtype=torch.float32), expected)
+    with torch.device("meta"):
+        assert FLOAT_OPS[name](*arguments, dtype=torch.float32).is_meta
 
 
 def test_rows_of_a_network(bench: gpu_unet.Bench) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -111,11 +112,17 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+@functools.lru_cache(maxsize=1)
+def permutation(count: int, seed: int) -> Tensor:
+    """The order of an epoch."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
 def drawn(settings: Settings, images: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
     """(x0 in [-1, 1], half of them flipped; a timestep from each of B equal parts; noise), a function of the step."""
     device, batch = images.device, settings.batch
     epoch, position = divmod(step, max(1, len(images) // batch))
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch))
+    order = permutation(len(images), settings.seed * 1_000_003 + epoch)
     x = images[order[position * batch :][:batch].to(device)].float().div_(127.5).sub_(1)
     generator = torch.Generator(device).manual_seed((settings.seed + 1) * 1_000_000_007 + step)
     flipped = torch.rand(len(x), 1, 1, 1, generator=generator, device=device) < 0.5
@@ -168,6 +175,22 @@ def load_checkpoint(path: Path, training: Training, settings: Settings) -> None:
             f"{path}: made with other settings ({', '.join(changed)}); give the same ones, or delete {path.parent}"
         )
     training.restore(state)
+
+
+def load_weights(folder: Path, training: Training) -> None:
+    """Begin with what `export` wrote to ``folder``, in the network and in its average; the optimiser starts anew."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    files = sorted((folder / "unet").glob(f"{WEIGHTS}*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder / 'unet'}: holds no weights; --init takes an --out of this script")
+    try:
+        tensors = {name: value.float() for file in files for name, value in load_file(file).items()}
+        for network in (training.unet, training.average):
+            network.load_state_dict(tensors)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: its weights do not fit this network: {str(error).splitlines()[0]}") from error
 
 
 def pieces(tensors: dict[str, Tensor], most: int = PIECE_BYTES) -> list[dict[str, Tensor]]:
@@ -244,6 +267,8 @@ def train(settings: Settings, options: argparse.Namespace, device: torch.device)
     checkpoint = options.out.with_name(f"{options.out.name}.partial") / "checkpoint.pt"
     if checkpoint.exists():
         load_checkpoint(checkpoint, training, settings)
+    elif options.init is not None:
+        load_weights(options.init, training)
     count = sum(p.numel() for p in training.unet.parameters())
     print(f"{count / 1e6:.1f}M parameters, {len(images)} images, from step {training.step}", file=sys.stderr)
     network = torch.compile(training.unet) if options.compile else training.unet
@@ -272,6 +297,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, required=True, help="the diffusers folder; --out.partial has the checkpoint"
     )
+    parser.add_argument("--init", type=Path, default=None, help="begin with the weights of an earlier --out")
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; the same command goes on")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network; takes a minute, then faster")

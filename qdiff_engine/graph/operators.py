@@ -89,6 +89,8 @@ FLOAT_OPS.update(
         "conv2d": _conv2d,
         "linear": torch.nn.functional.linear,
         "silu": torch.nn.functional.silu,
+        # of torch and not of torch.ops.aten, so that ``with torch.device(...)`` says where they make their results
+        **{name: getattr(torch, name) for name in ("arange", "ones", "zeros", "full", "scalar_tensor")},
         "scaled_dot_product_attention": torch.nn.functional.scaled_dot_product_attention,
     }
 )
