@@ -133,6 +133,7 @@ def engines(bench: Bench, batch: int, precisions: tuple[str, ...]) -> Iterator[t
     assert bench.network is not None
     inputs = bench.inputs(bench.name, batch)
     for precision in precisions:
+        bench.network.weights(qe.Recipe.named(precision), bench.device)  # rounding takes memory that no model needs
         model: list[qe.IntegerUNet] = []
 
         def make(precision: str = precision, model: list[qe.IntegerUNet] = model) -> Contestant:
@@ -306,7 +307,7 @@ def main(options: Namespace) -> int:
     machine["ceilings"] = limits._asdict()
     print(f"{machine['gpu']}: {limits}")
     bench = Bench(device, limits, 5 if options.quick else options.repetitions)
-    todo = unet_sections(bench, ("cifar10",), (2,)) if options.quick else unet_sections(bench)
+    todo = unet_sections(bench, ("cifar10",), (2,))[:2] if options.quick else unet_sections(bench)
     path = options.out or (None if options.quick else results_file.default_path("unet", "cuda"))
     with torch.no_grad():  # torch.compile knows tensors made without gradients, not those of inference mode
         rows, wrong = sections.run(todo, options, "unet", machine, path, merge=merged, start=start)

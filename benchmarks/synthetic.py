@@ -7,7 +7,7 @@ for all rows, and weights are rounded to nearest on their largest value.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,16 @@ class Ranged:
     capture: Capture
     sites: tuple[str, ...]
     ranges: Tensor  # float32 [S, 2], on the CPU
+    kept: dict[int, dict[str, tuple[QuantizedWeight, ...]]] = field(default_factory=dict)  # by weight bits
+
+    def weights(self, recipe: qe.Recipe, device: torch.device) -> dict[str, tuple[QuantizedWeight, ...]]:
+        """Integer weights for a recipe: rounded on ``device`` once, and kept on the CPU, so that models own theirs."""
+        if recipe.weight_bits not in self.kept:
+            graph, parameters = self.capture.graph, self.capture.constants
+            self.kept[recipe.weight_bits] = {
+                node.kwargs["layer"]: _rounded(node, parameters, recipe, device) for node in layers(graph)
+            }
+        return self.kept[recipe.weight_bits]
 
 
 @torch.no_grad()
@@ -74,13 +84,11 @@ def integer_model(
 ) -> qe.IntegerUNet:
     """The integer model of a named recipe on ``device``; ``plan`` may name the modes of `TIMESTEPS`."""
     recipe = qe.Recipe.named(precision, plan=plan)
-    graph, parameters = network.capture.graph, network.capture.constants
-    weights = {node.kwargs["layer"]: _rounded(node, parameters, recipe, device) for node in layers(graph)}
-    bare = without_weights(graph)
+    parameters, bare = network.capture.constants, without_weights(network.capture.graph)
     constants = {key: parameters[key] for key in sorted({key for node in bare.nodes for key in node.consts()})}
     return qe.IntegerUNet(
         graph=bare,
-        weights=weights,
+        weights=network.weights(recipe, device),
         constants=constants,
         table=_table(network, recipe),
         recipe=recipe,
@@ -94,7 +102,7 @@ def integer_model(
 def _rounded(
     node: Node, parameters: Mapping[str, Tensor], recipe: qe.Recipe, device: torch.device
 ) -> tuple[QuantizedWeight, ...]:
-    """Kept on the CPU: what the model holds on its device is its own."""
+    """Each channel to nearest, on its largest value."""
     bits = 8 if node.kwargs.get("edge") else recipe.weight_bits
     weight = parameters[node.kwargs["weight"].key].to(device)
     parts = weight.split(list(node.kwargs["segments"]), 1) if len(node.args) > 1 else (weight,)
