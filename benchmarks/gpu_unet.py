@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class Bench:
     make: Callable[[str], nn.Module] = models.random_unet
     shape: Callable[[str], tuple[int, ...]] = models.shape_of
     conditioning: Callable[[str, int], dict[str, Any]] = models.conditioning_of
+    graphs: Path | None = None
     name: str = ""
     unet: nn.Module | None = None  # float16 on the device
     network: synthetic.Ranged | None = None
@@ -69,7 +71,8 @@ class Bench:
         self.name, self.unet, self.network = "", None, None
         release()
         unet = self.make(name)
-        self.network = synthetic.ranged(unet, self.shape(name), self.conditioning(name, 2), self.device)
+        store = None if self.graphs is None else self.graphs / f"{name}.json"
+        self.network = synthetic.ranged(unet, self.shape(name), self.conditioning(name, 2), self.device, store)
         self.unet = half_precision(unet, self.inputs(name, 1)[0])
         self.name = name
         release()
@@ -306,7 +309,7 @@ def main(options: Namespace) -> int:
     limits = ceilings.measure(device)
     machine["ceilings"] = limits._asdict()
     print(f"{machine['gpu']}: {limits}")
-    bench = Bench(device, limits, 5 if options.quick else options.repetitions)
+    bench = Bench(device, limits, 5 if options.quick else options.repetitions, graphs=options.graphs)
     todo = unet_sections(bench, ("cifar10",), (2,))[:2] if options.quick else unet_sections(bench)
     path = options.out or (None if options.quick else results_file.default_path("unet", "cuda"))
     with torch.no_grad():  # torch.compile knows tensors made without gradients, not those of inference mode

@@ -45,8 +45,10 @@ NAMES = ("cifar10", "sd15", "sdxl")
 _POOL = 1 << 22  # distinct random values; larger parameters repeat them
 
 
-def random_unet(name: str) -> nn.Module:
+def random_unet(name: str, fill: bool = True) -> nn.Module:
     """A UNet of `NAMES` with random weights, in seconds where drawing 2.6 billion normal values takes a minute.
+
+    ``fill`` False leaves its memory as it comes, which is enough for capturing it.
 
     Raises:
         OSError: diffusers, whose classes these are, cannot be imported.
@@ -64,7 +66,8 @@ def random_unet(name: str) -> nn.Module:
             made = UNet2DModel(**CIFAR10)
         else:
             made = UNet2DConditionModel(**(SD15 if name == "sd15" else SDXL))
-    return filled(made.to_empty(device="cpu")).eval()
+    empty = made.to_empty(device="cpu").eval()
+    return filled(empty) if fill else empty
 
 
 @torch.no_grad()

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import qdiff_engine as qe
+from benchmarks import graphs
 from qdiff_engine import numerics
-from qdiff_engine.graph.capture import Capture, capture
-from qdiff_engine.graph.fuse import fuse
+from qdiff_engine.graph.capture import Capture
 from qdiff_engine.graph.interpret import flatten_conditioning, run_float
 from qdiff_engine.graph.ir import Node
 from qdiff_engine.quantization import layers, plan_of, site_bits, without_weights
@@ -47,15 +48,17 @@ class Ranged:
 
 
 @torch.no_grad()
-def ranged(unet: nn.Module, shape: tuple[int, ...], given: Mapping[str, Any], device: torch.device) -> Ranged:
+def ranged(
+    unet: nn.Module, shape: tuple[int, ...], given: Mapping[str, Any], device: torch.device, store: Path | None = None
+) -> Ranged:
     """Capture ``unet``, and run one sample in the middle of the schedule in float32 on ``device``.
 
     Args:
         unet: in float32 on the CPU.
         given: its keyword arguments for at least one sample.
+        store: file that keeps the captured graph.
     """
-    captured = capture(unet, shape, given)
-    fuse(captured.graph, captured.constants)
+    captured = graphs.captured(unet, shape, given, store)
     found: dict[str, Tensor] = {}
 
     def observe(site: str, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,6 +90,9 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help="print where the time goes instead; nothing is written")
     parser.add_argument("--precision", default="w8a8", help="of --profile")
     parser.add_argument("--batch", type=int, default=8, help="of --profile")
+    parser.add_argument(
+        "--graphs", type=Path, default=None, help="of --device cuda: folder that keeps captured graphs between runs"
+    )
     options = parser.parse_args()
     if options.device == "cuda":
         from benchmarks import gpu_unet

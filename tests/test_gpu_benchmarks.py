@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
 from benchmarks import ceilings, gpu_kernels, gpu_sections, results_file, sections, shapes, timing
 from benchmarks.ceilings import Ceilings
 from benchmarks.sections import Section

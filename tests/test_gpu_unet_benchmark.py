@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import networks
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import qdiff_engine as qe
-from benchmarks import bounds, gpu_unet, models, results_file, synthetic
+from benchmarks import bounds, gpu_unet, graphs, models, results_file, synthetic
 from benchmarks.ceilings import Ceilings
 from qdiff_engine import baselines
 from qdiff_engine.graph.operators import FLOAT_OPS
@@ -68,6 +69,20 @@ def test_the_large_networks_have_their_size(name: str, millions: float, monkeypa
     x = torch.empty(2, *models.shape_of(name), device="meta")
     on_meta = baselines.moved(given, torch.device("meta"))
     assert predict(unet, x, torch.full((2,), 500, device="meta"), on_meta).shape == x.shape
+
+
+def test_a_kept_graph_is_the_captured_one(tmp_path: Path) -> None:
+    """sdxl: linears stored as they are, 1x1 convolutions flattened; bit for bit the same model."""
+    case, unet, store = networks.CASES["sdxl"], networks.network("sdxl"), tmp_path / "sdxl.json"
+    models_ = [
+        synthetic.integer_model(synthetic.ranged(unet, case.shape, case.conditioning, CPU, store), "w4a8", CPU)
+        for _ in range(2)
+    ]
+    x, given = networks.normal(2, *case.shape), networks.conditioning("sdxl", 2)
+    first, second = (model(x, 333, **given).sample for model in models_)
+    assert store.exists() and torch.equal(first, second)
+    with pytest.raises(ValueError, match="another network"):
+        graphs.captured(networks.network("sd"), case.shape, case.conditioning, store)
 
 
 MADE = {"arange": (3,), "ones": ((2,),), "zeros": ((2,),), "full": ((2,), 0.5), "scalar_tensor": (1,)}

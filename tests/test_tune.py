@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
 from qdiff_kernels import tiles
 from qdiff_kernels.tiles import MULTIPROCESSORS, SHARED_MEMORY, TILES, Launch, Tile
 

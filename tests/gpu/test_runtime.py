@@ -99,7 +99,7 @@ def test_modes_take_turns(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
-    """Batches of several sizes, also between modes: kernels sum in an order that the batch size does not change."""
+    """Alone or among others, within what two correct engines differ by: libraries may sum in another order."""
     model = mixed(networks.integer_model(name, "w8a8"), dtype=torch.float32)
     x = torch.randn((8, *model.graph.inputs["sample"][1:]), generator=torch.Generator().manual_seed(3)).cuda()
     given = on(networks.conditioning(name, 8), model.device)
