@@ -270,6 +270,8 @@ def merged(rows: Rows, new: Rows) -> Rows:
     result = {tuple(row[k] for k in key): dict(row) for row in rows}
     for row in new:
         old = result.get(tuple(row[k] for k in key))
+        if old is None and "median_ms" not in row:
+            raise LookupError(f"{row['model']} batch {row['batch']} has no row of the engine yet; measure that first")
         if old is None:
             result[tuple(row[k] for k in key)] = row
             continue

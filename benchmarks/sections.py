@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from benchmarks import results_file
 
 Rows = list[dict[str, Any]]
 _SAME = ("gpu", "cpu", "torch", "triton", "commit")  # what rows of one file have in common
+_FRAMES = 6  # of a traceback, the innermost ones
 _WHOLE = 0.9  # a section that had this share of the budget to itself does not fit into it
 
 
@@ -116,6 +118,7 @@ def run(
         try:
             with time_limit(left):
                 new = [{**row, "section": section.name} for row in section.measure()]
+            rows = merge(rows, new)
         except OutOfTime:
             assert budget is not None and left is not None
             if left < _WHOLE * budget:
@@ -126,9 +129,8 @@ def run(
         except Exception as error:  # compilers raise types of their own; what happened is told, and is the exit status
             reason = (str(error).strip().splitlines() or [""])[0]
             wrong.append(f"{section.name}: {type(error).__name__}: {reason}")
-            print(wrong[-1], file=sys.stderr)
+            traceback.print_exc(limit=-_FRAMES)
         else:
-            rows = merge(rows, new)
             machine["sections"][section.name] = round(clock() - began, 1)
             print(f"{section.name}: {machine['sections'][section.name]} s", file=sys.stderr)
         if path is not None and rows:

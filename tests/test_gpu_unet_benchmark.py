@@ -143,6 +143,8 @@ def test_baselines_of_later_sections_join_their_rows() -> None:
     assert row["speedup"] == {"torch-fp16": 2.0, "torch-fp16-compile": 1.5}
     assert row["baselines_absent"] == {"torchao-int8": "missing"}
     assert len(gpu_unet.merged(rows, [{**rows[0], "batch": 8}])) == 2
+    with pytest.raises(LookupError, match="measure that first"):
+        gpu_unet.merged([], new)
 
 
 class One(nn.Module):
