@@ -19,6 +19,7 @@ from qdiff_kernels.denoise_step import denoise_step
 from qdiff_kernels.group_statistics import MAX_CHUNKS, merged_block, tiles_of
 from qdiff_kernels.groupnorm_silu_quantize import groupnorm_silu_quantize, tiles_per_program
 from qdiff_kernels.layernorm_quantize import block_of_rows, layernorm_quantize
+from qdiff_kernels.packing import packed_width, unpack_rows
 from qdiff_kernels.quantize import ACTIVATIONS, block_shape, quantize
 
 from qdiff_engine import numerics, reference
@@ -291,6 +292,46 @@ def test_norms_give_the_dtype_that_is_asked_for() -> None:
         assert groupnorm_silu_quantize(x, 2, None, None, 1e-5, None, out_dtype=dtype).dtype == dtype
 
 
+# ---- two values of 4 bits to a byte
+
+
+@pytest.mark.parametrize("k", [1, 33, 64, 130, 1040])
+def test_rows_are_written_packed(k: int) -> None:
+    x, inverse, table = torch.randn(17, k).to(DEVICE), (torch.rand(k) + 0.5).to(DEVICE), quantization(0.3, -3)
+    weight, bias = torch.randn(k).to(DEVICE), torch.randn(k).to(DEVICE)
+    for run in (
+        lambda **options: quantize(surrounded(x), table, 4, channel_inverse=inverse, **options),
+        lambda **options: quantize(surrounded(torch.cat((x, x), 1)), table, 4, activation="geglu", **options),
+    ):
+        packed = run(packed=True)
+        assert packed.dtype == torch.uint8 and packed.shape == (17, packed_width(k))
+        assert torch.equal(unpack_rows(packed, k), run())
+    packed = layernorm_quantize(surrounded(x), weight, bias, 1e-5, table, 4, packed=True)
+    assert packed.dtype == torch.uint8 and packed.shape == (17, packed_width(k))
+    plain = layernorm_quantize(x, weight, bias, 1e-5, table, 4)
+    # the row's sums are added in another order
+    steps = (unpack_rows(packed, k).int() - plain.int()).abs()
+    assert int(steps.max()) <= 1 and int(steps.sum()) <= 1e-3 * steps.numel()
+
+
+@pytest.mark.parametrize("upsample, padding", [(1, NONE), (2, (1, 0, 2, 1))])
+@pytest.mark.parametrize("c2", [0, 64])
+def test_images_are_written_packed(c2: int, upsample: int, padding: Any) -> None:
+    x, table = torch.randn(2, 128, 5, 3), quantization(0.3, -3)
+    place: dict[str, Any] = {"upsample": upsample, "padding": padding}
+    options = place | ({"x2": surrounded(torch.randn(2, c2, 5, 3))} if c2 else {})
+    weight = torch.randn(128 + c2).to(DEVICE)
+    for packed, plain in (
+        [quantize(surrounded(x), table, 4, packed=p, **place) for p in (True, False)],
+        [
+            groupnorm_silu_quantize(surrounded(x), 32, weight, None, 1e-5, table, 4, packed=p, **options)
+            for p in (True, False)
+        ],
+    ):
+        assert packed.dtype == torch.uint8 and packed.is_contiguous(memory_format=CHANNELS_LAST)
+        assert torch.equal(unpack_rows(packed.movedim(1, -1), plain.shape[1]).movedim(-1, 1), plain)
+
+
 # ---- denoise_step
 
 CONSTANTS = torch.tensor([0.9, 0.4, -0.3, 0.2, 0.6, 0.8, 1.0, 7.5])
@@ -436,6 +477,13 @@ WRONG: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, "bits must be 4 or 8, got 5", lambda: quantize(X, TABLE, 5)),
     (TypeError, "quantization must be float32.*got torch.float64", lambda: quantize(X, TABLE.double(), 8)),
     (ValueError, r"quantization must be dense \[3\], got \[2\]", lambda: quantize(X, TABLE[:2], 8)),
+    (ValueError, "packed needs a quantization with bits=4, got 8", lambda: quantize(X, TABLE, 8, packed=True)),
+    (ValueError, "packed needs.*got none", lambda: layernorm_quantize(X, None, None, 0.1, None, 4, packed=True)),
+    (
+        ValueError,
+        "packed needs multiples of 64 channels, got 2 and 0",
+        lambda: groupnorm_silu_quantize(X, 1, None, None, 1e-5, TABLE, 4, packed=True),
+    ),
     (ValueError, "activation must be one of none.*got 'relu6'", lambda: quantize(X, TABLE, 8, activation="relu6")),
     (ValueError, "even number of features.*3, 3", lambda: quantize(X[0, 0, :, :3], TABLE, 8, activation="geglu")),
     (ValueError, r"channel_inverse.*\[2\], got \[4\]", lambda: quantize(X, TABLE, 8, channel_inverse=torch.ones(4))),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from qdiff_kernels.int_conv2d import Geometry, Segment, int_conv2d, pack_order
 from qdiff_kernels.int_gemm import int_gemm
-from qdiff_kernels.packing import BLOCK, KernelWeight, pack
+from qdiff_kernels.packing import BLOCK, KernelWeight, pack, pack_rows, packed_width, unpack_rows
 from qdiff_kernels.tiles import SHARED_MEMORY, TILES, Launch, Tile, architecture, choose, paired
 from torch import Tensor
 
@@ -139,6 +139,47 @@ def test_int_gemm_reads_strided_rows_and_empty_ones() -> None:
     assert int_gemm(q[:0, :33].to(DEVICE), packed, activation).shape == (0, 9)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("m, n, k", GEMM_SHAPES)
+def test_int_gemm_of_packed_activations_is_exact(m: int, n: int, k: int, bits: int) -> None:
+    """The same bits as from the same integers, one to a byte."""
+    packed = moved(pack(*weights(n, k, bits), bits))
+    q = integers(m, k, low=-8, high=7)
+    for zero_point in (-8, 5):
+        activation = quantization(0.25, zero_point)
+        for launch in (Launch(SMALL, 3), None):
+            options: dict[str, Any] = {"out_dtype": torch.float32, "launch": launch}
+            y = int_gemm(pack_rows(q).to(DEVICE), packed, activation, **options)
+            assert torch.equal(y, int_gemm(q.to(DEVICE), packed, activation, **options))
+
+
+def test_int_gemm_of_packed_activations_at_the_extremes() -> None:
+    q = torch.tensor([-8, 7], dtype=torch.int8)[:, None].expand(2, 65793).contiguous()
+    for bits in (4, 8):
+        low, high = numerics.weight_range(bits)
+        weight = torch.tensor([low, high], dtype=torch.int8)[:, None].expand(2, 65793).contiguous()
+        packed = moved(pack(weight, torch.ones(2), bits))
+        for zero_point in (-8, 7):
+            expected = reference.int_gemm(q, weight, torch.ones(2), 1e-3, zero_point)
+            y = int_gemm(pack_rows(q).to(DEVICE), packed, quantization(1e-3, zero_point), out_dtype=torch.float32)
+            assert_close(y, expected)
+
+
+@pytest.mark.parametrize("geglu", [False, True])
+@pytest.mark.parametrize("n", [1, 40, 64, 130])
+def test_int_gemm_writes_packed_integers(n: int, geglu: bool) -> None:
+    rows = 2 * n if geglu else n
+    packed, q = moved(pack(*weights(rows, 96, 8), 8)), integers(17, 96).to(DEVICE)
+    options: dict[str, Any] = {"geglu": geglu, "out_quantization": quantization(0.5, -3), "out_bits": 4}
+    for splits in (1,) if geglu else (1, 2):
+        options["launch"] = Launch(SMALL, splits)
+        plain = int_gemm(q, packed, quantization(0.037, 5), **options)
+        y = int_gemm(q, packed, quantization(0.037, 5), out_packed=True, **options)
+        assert y.dtype == torch.uint8 and y.shape == (17, packed_width(n))
+        assert torch.equal(unpack_rows(y, n), plain)
+        assert int((plain > -8).sum() * (plain < 7).sum()), "nothing but saturated values"
+
+
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "3x3": {},
     "aligned": {"channels": 64, "out": 33},
@@ -231,6 +272,40 @@ def test_int_conv2d_epilogue(bits: int, second: int, shared: bool) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("second", [0, 64])
+@pytest.mark.parametrize("name", ["stride", "upsampled", "wide border"])
+def test_int_conv2d_of_packed_activations_is_exact(name: str, second: int, bits: int) -> None:
+    """The same bits as from the same integers, one to a byte; the first segment packed, the second packed or not."""
+    case = Case(bits, second, **{**CONVOLUTIONS[name], "channels": 128})
+    plain = [segment._replace(x=segment.x >> 4) for segment in case.segments]
+    packed = [segment._replace(x=packed_image(segment.x)) for segment in plain]
+    for launch in (Launch(SMALL, 3), None):
+        options: dict[str, Any] = {"out_dtype": torch.float32, "launch": launch}
+        expected = int_conv2d(plain, case.geometry, case.class_index, **options)
+        for segments in (packed, [packed[0], *plain[1:]]):
+            assert torch.equal(int_conv2d(segments, case.geometry, case.class_index, **options), expected)
+
+
+def packed_image(x: Tensor) -> Tensor:
+    return pack_rows(x.movedim(1, -1)).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_int_conv2d_writes_packed_integers(splits: int) -> None:
+    case = Case(8, channels=64, out=70)
+    given = (case.segments, case.geometry, case.class_index)
+    options: dict[str, Any] = {
+        "out_quantization": quantization(0.9, -3),
+        "out_bits": 4,
+        "launch": Launch(SMALL, splits),
+    }
+    plain, y = int_conv2d(*given, **options), int_conv2d(*given, out_packed=True, **options)
+    assert y.shape == (2, packed_width(70), 5, 7) and y.is_contiguous(memory_format=CHANNELS_LAST)
+    assert torch.equal(unpack_rows(y.movedim(1, -1), 70).movedim(-1, 1), plain)
+    assert len(plain.unique()) == 16
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("channels", [64, 4])
 def test_int_conv2d_multiplies_floating_activations(bits: int, channels: int) -> None:
     case = Case(bits, channels=channels)
@@ -250,7 +325,7 @@ def test_int4_weights_stay_packed() -> None:
     low, high = packed.values & 0xF, packed.values >> 4
     unpacked = torch.stack([low, high], 1).reshape(5, 2, 3, BLOCK // 2).transpose(1, 2).reshape(5, 3 * BLOCK)
     signed = ((unpacked ^ 8).to(torch.int8) - 8)[:, :130]
-    assert torch.equal(signed, weight)
+    assert torch.equal(signed, weight) and torch.equal(unpack_rows(packed.values, 130), weight)
     assert torch.equal(packed.sums, 16 * weight.sum(1, dtype=torch.int32)[None])
 
 
@@ -272,6 +347,17 @@ def test_int4_weights_stay_packed() -> None:
             "residual must",
         ),
         (lambda w, q: int_gemm(torch.zeros(4, 33, dtype=torch.int8), w, q, geglu=True), ValueError, "geglu"),
+        (lambda w, q: int_gemm(torch.zeros(2, 33, dtype=torch.uint8), w, q), ValueError, "K = 33 features in 32 bytes"),
+        (
+            lambda w, q: int_gemm(torch.zeros(2, 33, dtype=torch.int8), w, q, out_quantization=q, out_packed=True),
+            ValueError,
+            "out_packed needs.*got out_bits=8",
+        ),
+        (
+            lambda w, q: int_conv2d([Segment(torch.zeros(1, 16, 4, 4, dtype=torch.uint8), w, q)], Geometry((1, 1))),
+            ValueError,
+            "whole blocks of 64 channels, got 32",
+        ),
         (lambda w, q: pack(torch.zeros(2, 3), torch.ones(2), 8), TypeError, "values must be int8"),
         (lambda w, q: pack(torch.full((2, 3), 9, dtype=torch.int8), torch.ones(2), 4), ValueError, r"\[-8, 7\]"),
         (lambda w, q: pack(torch.zeros(2, 3, dtype=torch.int8), torch.ones(2), 3), ValueError, "bits must be 4 or 8"),

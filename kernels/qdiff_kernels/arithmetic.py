@@ -47,6 +47,22 @@ def quantize_value(x, inverse, zero_point, BITS: tl.constexpr, ASM: tl.constexpr
 
 
 @triton.jit
+def paired_nibbles(low, high, ASM: tl.constexpr):
+    """Two int8 values in [-8, 7] as one uint8: low in its lower half, high in its upper one."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 low, high; and.b32 low, $1, 0x0F0F0F0F; shl.b32 high, $2, 4; "
+            "and.b32 high, high, 0xF0F0F0F0; or.b32 $0, low, high; }",
+            "=r,r,r",
+            [low, high],
+            dtype=tl.uint8,
+            is_pure=True,
+            pack=4,
+        )
+    return ((low & 0xF) | (high << 4)).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
 def silu(x):
     """x / (1 + exp(-x)) of float32 x."""
     return x / (1.0 + tl.exp(-x))

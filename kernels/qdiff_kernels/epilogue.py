@@ -8,13 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import quantize_value
+from .arithmetic import paired_nibbles, quantize_value
 
 
 @triton.jit
-def scaled(acc, rows, columns, inside, N, quantization, weight_scale, weight_sum, class_index, pixels):
+def scaled(
+    acc, rows, columns, inside, N, quantization, weight_scale, weight_sum, class_index, pixels, X_BITS: tl.constexpr
+):
     """(acc - z wsum[class(m), n]) (s s_w[n]) of int32 acc; acc s_w[n] of float32 acc (mode A16: quantization is None).
 
+    X_BITS 4: the activations were multiplied 16 times as large, which is taken out again here.
     rows [M, 1], columns [1, N]: indices; inside [M, N]: those within the output.
     class_index: int32 [pixels], the border class of every output pixel, or None: all of class 0.
     """
@@ -24,6 +27,9 @@ def scaled(acc, rows, columns, inside, N, quantization, weight_scale, weight_sum
     else:
         scale = tl.load(quantization)
         zero_point = tl.load(quantization + 2).to(tl.int32)
+        if X_BITS == 4:
+            scale *= 0.0625
+            zero_point *= 16
         if class_index is None:
             zero_sum = tl.load(weight_sum + columns, mask=columns < N, other=0)
         else:
@@ -46,15 +52,31 @@ def with_terms(y, rows, columns, inside, N, bias, temb, residual, pixels):
 
 
 @triton.jit
-def stored(y, rows, columns, inside, N, out, out_quantization, OUT_BITS: tl.constexpr, ASM: tl.constexpr):
-    """Writes y [M, N] in the output's dtype, or quantised with ``out_quantization``."""
-    to = out + rows.to(tl.int64) * N + columns
+def stored(
+    y, rows, in_range, first_column, N, out, out_quantization, OUT_BITS: tl.constexpr, OUT_PACKED: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Writes y [M, N] in the output's dtype, or quantised with ``out_quantization``, and then maybe two to a byte.
+
+    rows, in_range [M, 1]: indices, and which of them exist; first_column: of the tile, whose width divides it.
+    """
+    rows = rows.to(tl.int64)
+    columns = first_column + tl.arange(0, y.shape[1])[None, :]
+    inside = in_range & (columns < N)
     if out_quantization is None:
-        tl.store(to, y.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + rows * N + columns, y.to(out.dtype.element_ty), mask=inside)
     else:
         inverse = tl.load(out_quantization + 1)
         zero_point = tl.load(out_quantization + 2).to(tl.int32)
-        tl.store(to, quantize_value(y, inverse, zero_point, OUT_BITS, ASM), mask=inside)
+        q = quantize_value(y, inverse, zero_point, OUT_BITS, ASM)
+        if OUT_PACKED:
+            low, high = tl.split(q.reshape(y.shape[0], y.shape[1] // 64, 2, 32).permute(0, 1, 3, 2))
+            row_bytes = tl.cdiv(N, 64) * 32
+            byte = first_column // 2 + tl.arange(0, y.shape[1] // 2)[None, :]
+            packed = paired_nibbles(low, high, ASM).reshape(y.shape[0], y.shape[1] // 2)
+            tl.store(out + rows * row_bytes + byte, packed, mask=in_range & (byte < row_bytes))
+        else:
+            tl.store(out + rows * N + columns, q, mask=inside)
 
 
 @triton.jit
@@ -74,7 +96,9 @@ def _reduce_kernel(
     image_pixels,
     pixels,
     SPLITS: tl.constexpr,
+    X_BITS: tl.constexpr,
     OUT_BITS: tl.constexpr,
+    OUT_PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ASM: tl.constexpr,
@@ -82,11 +106,14 @@ def _reduce_kernel(
     """Sums the partial accumulators [SPLITS, M, N] of a product split along K, always in the same order."""
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     columns = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    inside = (rows < M) & (columns < N)
-    rows = tl.where(rows < M, rows, 0)
+    in_range = rows < M
+    inside = in_range & (columns < N)
+    rows = tl.where(in_range, rows, 0)
     acc = tl.load(workspace + rows.to(tl.int64) * N + columns, mask=inside, other=0)
     for split in range(1, SPLITS):
         acc += tl.load(workspace + (split * M + rows).to(tl.int64) * N + columns, mask=inside, other=0)
-    y = scaled(acc, rows, columns, inside, N, quantization, weight_scale, weight_sum, class_index, image_pixels)
+    y = scaled(acc, rows, columns, inside, N, quantization, weight_scale, weight_sum, class_index, image_pixels, X_BITS)
     y = with_terms(y, rows, columns, inside, N, bias, temb, residual, pixels)
-    stored(y, rows, columns, inside, N, out, out_quantization, OUT_BITS, ASM)
+    stored(
+        y, rows, in_range, tl.program_id(1) * BLOCK_N, N, out, out_quantization, OUT_BITS, OUT_PACKED, ASM
+    )  # fmt: skip

@@ -10,21 +10,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import ASSEMBLY, quantize_value
+from .accumulate import low_column
+from .arithmetic import ASSEMBLY, paired_nibbles, quantize_value
 from .arithmetic import silu as silu_of
 from .group_statistics import affine_of, segment_of, widths
+from .packing import BLOCK
 from .quantize import (
     Padding,
     block_shape,
     check_device,
     check_eps,
     check_floating,
+    check_packed,
     check_placement,
     check_vector,
     placed_size,
     result_dtype,
     source_pixels,
 )
+
+
+@triton.jit
+def affine_at(coefficients, channel, channels, all_channels):
+    """Offset, factor and constant of the channels [1, C] that are below ``channels``."""
+    known = channel < channels
+    offset = tl.load(coefficients + channel, mask=known, other=0.0)
+    factor = tl.load(coefficients + all_channels + channel, mask=known, other=0.0)
+    return offset, factor, tl.load(coefficients + 2 * all_channels + channel, mask=known, other=0.0)
+
+
+@triton.jit
+def normalised(x, inside, affine, SILU: tl.constexpr, PLACED: tl.constexpr):
+    """silu((x + offset) * factor + constant) at pointers [P, C]; 0 outside."""
+    y = (tl.load(x, mask=inside, other=0.0).to(tl.float32) + affine[0]) * affine[1] + affine[2]
+    if SILU:
+        y = silu_of(y)
+    if PLACED:
+        y = tl.where(inside, y, 0.0)  # which quantises to z, what the border holds
+    return y
 
 
 @triton.jit
@@ -48,38 +71,47 @@ def _apply_kernel(
     BITS: tl.constexpr,
     UPSAMPLE: tl.constexpr,
     PLACED: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    source, channels, first_channel, block = segment_of(x, x2, tl.program_id(0), channels1, channels2, BLOCK_C)
+    # columns are channels, or packed bytes of two channels each
+    SHARE: tl.constexpr = 2 if PACKED else 1
+    source, columns, first_column, block = segment_of(
+        x, x2, tl.program_id(0), channels1 // SHARE, channels2 // SHARE, BLOCK_C
+    )
     n = tl.program_id(2).to(tl.int64)
-    channel = (block * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    known = channel < channels
+    column = (block * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    channel = low_column(column) if PACKED else column
+    channels = columns * SHARE
     all_channels = channels1 + channels2
-    affine = coefficients + n * 3 * all_channels + first_channel + channel
-    offset = tl.load(affine, mask=known, other=0.0)
-    factor = tl.load(affine + all_channels, mask=known, other=0.0)
-    constant = tl.load(affine + 2 * all_channels, mask=known, other=0.0)
+    all_columns = all_channels // SHARE
+    coefficients += n * 3 * all_channels + first_column * SHARE
+    affine = affine_at(coefficients, channel, channels, all_channels)
+    affine_high = affine
+    if PACKED:
+        affine_high = affine_at(coefficients, channel + 32, channels, all_channels)
     out_pixels = out_height * out_width
     # the coefficients are six times as many bytes as the fp16 values of one tile's thread: several tiles share them
     for tile in range(tiles):
         pixel = ((tl.program_id(1) * tiles + tile) * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
-        within = (pixel < out_pixels) & known
         from_pixel, inside = source_pixels(pixel, height, width, out_height, out_width, top, left, UPSAMPLE, PLACED)
+        within = (pixel < out_pixels) & (column < columns)
         inside &= within
         at = source + (n * pixels + from_pixel) * channels + channel
-        y = (tl.load(at, mask=inside, other=0.0).to(tl.float32) + offset) * factor + constant
-        if SILU:
-            y = silu_of(y)
-        if PLACED:
-            y = tl.where(inside, y, 0.0)  # which quantises to z, what the border holds
-        to = out + (n * out_pixels + pixel) * all_channels + first_channel + channel
+        y = normalised(at, inside, affine, SILU, PLACED)
+        to = out + (n * out_pixels + pixel) * all_columns + first_column + column
         if quantization is None:
             tl.store(to, y.to(out.dtype.element_ty), mask=within)
         else:
+            inverse = tl.load(quantization + 1)
             zero_point = tl.load(quantization + 2).to(tl.int32)
-            tl.store(to, quantize_value(y, tl.load(quantization + 1), zero_point, BITS, ASM), mask=within)
+            q = quantize_value(y, inverse, zero_point, BITS, ASM)
+            if PACKED:
+                y = normalised(at + 32, inside, affine_high, SILU, PLACED)
+                q = paired_nibbles(q, quantize_value(y, inverse, zero_point, BITS, ASM), ASM)
+            tl.store(to, q, mask=within)
 
 
 def groupnorm_silu_quantize(
@@ -99,6 +131,7 @@ def groupnorm_silu_quantize(
     upsample: int = 1,
     padding: Padding = (0, 0, 0, 0),
     out_dtype: torch.dtype | None = None,
+    packed: bool = False,
 ) -> Tensor:
     """q = quantize(silu(group_norm(cat(x, x2) + pre_add) * (1 + norm_scale) + norm_shift)).
 
@@ -142,24 +175,29 @@ def groupnorm_silu_quantize(
         for name, values in (("pre_add", pre_add), ("norm_scale", norm_scale), ("norm_shift", norm_shift))
     ]
     dtype = result_dtype(x, quantization, bits, out_dtype)
+    check_packed(packed, None if quantization is None else bits)
+    if packed and (x.shape[1] % BLOCK or channels % BLOCK):
+        raise ValueError(f"packed needs multiples of {BLOCK} channels, got {x.shape[1]} and {channels - x.shape[1]}")
+    share = 2 if packed else 1
     pixels = spatial.numel()
     height, width = spatial if len(spatial) == 2 else (1, pixels)
     out_height, out_width = placed_size(height, width, upsample, padding)
     shape = (out_height, out_width) if len(spatial) == 2 else spatial
     if not pixels:
         raise ValueError(f"x must have pixels, got {list(x.shape)}")
-    out = torch.empty((n, *shape, channels), dtype=dtype, device=x.device)
+    out = torch.empty((n, *shape, channels // share), dtype=torch.uint8 if packed else dtype, device=x.device)
     if n:
         rows = x.movedim(1, -1).reshape(n, pixels, -1).contiguous()
         rows2 = None if x2 is None else x2.movedim(1, -1).reshape(n, pixels, -1).contiguous()
         affine = affine_of(rows, rows2, groups, weight, bias, eps, *per_sample)
-        block_p, block_c = block_shape(out_height * out_width, *widths(rows, rows2))
-        blocks = sum(triton.cdiv(size, block_c) for size in widths(rows, rows2))
+        columns = [width // share for width in widths(rows, rows2)]
+        block_p, block_c = block_shape(out_height * out_width, *columns)
+        blocks = sum(triton.cdiv(size, block_c) for size in columns)
         tiles = tiles_per_program(triton.cdiv(out_height * out_width, block_p), blocks * n)
         _apply_kernel[(blocks, triton.cdiv(out_height * out_width, block_p * tiles), n)](
             rows, rows2, affine, quantization, out, pixels, x.shape[1], channels - x.shape[1], height, width,
             out_height, out_width, padding[0], padding[2], tiles, SILU=silu, BITS=bits, UPSAMPLE=upsample,
-            PLACED=upsample > 1 or any(padding), BLOCK_P=block_p, BLOCK_C=block_c, ASM=ASSEMBLY,
+            PLACED=upsample > 1 or any(padding), PACKED=packed, BLOCK_P=block_p, BLOCK_C=block_c, ASM=ASSEMBLY,
         )  # fmt: skip
     return out.movedim(-1, 1)
 

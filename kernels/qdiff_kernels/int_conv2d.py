@@ -15,19 +15,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .accumulate import convolved, tile_of
 from .arithmetic import ASSEMBLY
 from .epilogue import scaled, stored, with_terms
-from .int_gemm import chosen_launch, multiplied, reduced, tile_of, unpacked
-from .packing import KernelWeight
+from .int_gemm import check_activations, chosen_launch, output_form, reduced, x_bits
+from .packing import BLOCK, KernelWeight
 from .tiles import GROUP_M, Launch, paired
 
 
 class Segment(NamedTuple):
     """One stretch of the K axis: an image with its quantisation and its weights."""
 
-    x: Tensor  # int8 or floating [N, C, H, W], channels_last
+    x: Tensor  # int8 or floating [N, C, H, W], or uint8 [N, C / 2, H, W] (4 bits packed); channels_last
     weight: KernelWeight  # [Cout, R S C] in the order (r, s, c)
     quantization: Tensor | None  # float32 [3], (s, 1 / s, z); None in mode A16
+
+    @property
+    def channels(self) -> int:
+        """Of the image: twice the bytes of a pixel where it is packed."""
+        return self.x.shape[1] * (2 if self.x.dtype == torch.uint8 else 1)
 
 
 class Geometry(NamedTuple):
@@ -53,64 +59,6 @@ class Geometry(NamedTuple):
 def pack_order(values: Tensor) -> Tensor:
     """int8 [Cout, C, R, S] -> [Cout, R S C], the K axis of this operator, for `packing.pack`."""
     return values.permute(0, 2, 3, 1).reshape(len(values), -1).contiguous()
-
-
-@triton.jit
-def tap(x, image, top, left, r, s, H, W, C, dilation_h, dilation_w, UPSAMPLE: tl.constexpr):
-    """(pointers to channel 0 of tap (r, s) of every output pixel, whether it lies inside the image)."""
-    ih = top + r * dilation_h
-    iw = left + s * dilation_w
-    inside = (ih >= 0) & (ih < H * UPSAMPLE) & (iw >= 0) & (iw < W * UPSAMPLE)
-    ih = tl.where(inside, ih // UPSAMPLE, 0)
-    iw = tl.where(inside, iw // UPSAMPLE, 0)
-    return x + ((image.to(tl.int64) * H + ih) * W + iw) * C, inside
-
-
-@triton.jit
-def convolved(
-    x, weight, acc, image, top, left, first, last, H, W, C, dilation_h, dilation_w, K_PADDED,
-    R: tl.constexpr, S: tl.constexpr, UPSAMPLE: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """acc plus the blocks first .. last of K. image, top, left: [M, 1], an output pixel's sample and its first tap.
-
-    ALIGNED: BLOCK_K divides C, so that a block lies within one tap; else every element of K finds its own tap.
-    """
-    half: tl.constexpr = BLOCK_K // 2
-    bytes_per_block: tl.constexpr = BLOCK_K if BITS == 8 else half
-    byte = tl.arange(0, bytes_per_block)
-    k = byte if BITS == 8 else byte // 32 * 64 + byte % 32
-    row_bytes = K_PADDED if BITS == 8 else K_PADDED // 2
-    for block in range(first, last):
-        at = (block * BLOCK_K + k)[None, :]
-        at_byte = (block * bytes_per_block + byte)[None, :]
-        if ALIGNED:
-            b = tl.load(weight + at_byte)
-            start = block * BLOCK_K
-            index = start // C
-            pixel, inside = tap(x, image, top, left, index // S, index % S, H, W, C, dilation_h, dilation_w, UPSAMPLE)
-            c = start - index * C + k[None, :]
-            a = tl.load(pixel + c, mask=inside, other=0)
-            if BITS == 4:
-                a_high = tl.load(pixel + c + 32, mask=inside, other=0)
-        else:
-            b = tl.load(weight + at_byte, mask=at_byte < row_bytes, other=0)
-            index = at // C
-            pixel, inside = tap(x, image, top, left, index // S, index % S, H, W, C, dilation_h, dilation_w, UPSAMPLE)
-            a = tl.load(pixel + (at - index * C), mask=inside & (index < R * S), other=0)
-            if BITS == 4:
-                index = (at + 32) // C
-                pixel, inside = tap(
-                    x, image, top, left, index // S, index % S, H, W, C, dilation_h, dilation_w, UPSAMPLE
-                )
-                a_high = tl.load(pixel + (at + 32 - index * C), mask=inside & (index < R * S), other=0)
-        if BITS == 8:
-            acc = multiplied(a, b, acc, FLOATING)
-        else:
-            low, high = unpacked(b, ASM)
-            acc = multiplied(a, low, acc, FLOATING)
-            acc = multiplied(a_high, high, acc, FLOATING)
-    return acc
 
 
 @triton.jit
@@ -155,7 +103,10 @@ def _int_conv2d_kernel(
     UPSAMPLE: tl.constexpr,
     BITS: tl.constexpr,
     BITS2: tl.constexpr,
+    X_BITS: tl.constexpr,
+    X_BITS2: tl.constexpr,
     OUT_BITS: tl.constexpr,
+    OUT_PACKED: tl.constexpr,
     ALIGNED: tl.constexpr,
     ALIGNED2: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -185,26 +136,29 @@ def _int_conv2d_kernel(
     acc = convolved(
         x, weight + wrapped * (K_PADDED if BITS == 8 else K_PADDED // 2), acc, image, top, left,
         split * blocks // SPLITS, (split + 1) * blocks // SPLITS, H, W, C, dilation_h, dilation_w, K_PADDED,
-        R, S, UPSAMPLE, BITS, FLOATING, ALIGNED, BLOCK_K, ASM,
+        R, S, UPSAMPLE, BITS, X_BITS, FLOATING, ALIGNED, BLOCK_K, ASM,
     )  # fmt: skip
     at_columns = columns[None, :]
     inside = in_range & (at_columns < N)
     if SPLITS > 1:
         tl.store(workspace + (split.to(tl.int64) * M + rows) * N + at_columns, acc, mask=inside)
     else:
-        y = scaled(acc, rows, at_columns, inside, N, quantization, weight_scale, weight_sum, class_index, image_pixels)
+        y = scaled(
+            acc, rows, at_columns, inside, N, quantization, weight_scale, weight_sum, class_index, image_pixels, X_BITS
+        )
         if x2 is not None:
             acc2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
             acc2 = convolved(
                 x2, weight2 + wrapped * (K_PADDED2 if BITS2 == 8 else K_PADDED2 // 2), acc2, image, top, left,
                 0, tl.cdiv(R * S * C2, BLOCK_K), H, W, C2, dilation_h, dilation_w, K_PADDED2,
-                R, S, UPSAMPLE, BITS2, FLOATING, ALIGNED2, BLOCK_K, ASM,
+                R, S, UPSAMPLE, BITS2, X_BITS2, FLOATING, ALIGNED2, BLOCK_K, ASM,
             )  # fmt: skip
             y += scaled(
-                acc2, rows, at_columns, inside, N, quantization2, weight_scale2, weight_sum2, class_index2, image_pixels
-            )
+                acc2, rows, at_columns, inside, N, quantization2, weight_scale2, weight_sum2, class_index2,
+                image_pixels, X_BITS2,
+            )  # fmt: skip
         y = with_terms(y, rows, at_columns, inside, N, bias, temb, residual, pixels)
-        stored(y, rows, at_columns, inside, N, out, out_quantization, OUT_BITS, ASM)
+        stored(y, rows, in_range, tile_n * BLOCK_N, N, out, out_quantization, OUT_BITS, OUT_PACKED, ASM)
 
 
 def int_conv2d(
@@ -218,6 +172,7 @@ def int_conv2d(
     out_dtype: torch.dtype = torch.float16,
     out_quantization: Tensor | None = None,
     out_bits: int = 8,
+    out_packed: bool = False,
     launch: Launch | None = None,
 ) -> Tensor:
     """y = sum over segments of s s_w (acc - z wsum[class]) + bias + temb + residual, per output channel.
@@ -228,7 +183,8 @@ def int_conv2d(
         class_index: int32 [OH OW], row of every segment's ``weight.sums`` that an output pixel uses; None: row 0.
         bias: [Cout]. temb: [N, Cout], or [1, Cout] for the whole batch. residual: [N, Cout, OH, OW].
         out_dtype: float16, bfloat16 or float32.
-        out_quantization: float32 [3], quantises y to ``out_bits`` bits (int8) instead.
+        out_quantization: float32 [3], quantises y to ``out_bits`` bits (int8) instead; with ``out_packed`` to 4 packed
+            ones, uint8 [N, packed_width(Cout), OH, OW].
         launch: tile and splits; chosen from `tiles` by default.
 
     Returns:
@@ -242,17 +198,18 @@ def int_conv2d(
     n, image_pixels = len(segments[0].weight.scale), out_height * out_width
     m = batch * image_pixels
     _check(segments, geometry, class_index, bias, temb, residual, (batch, n, out_height, out_width))
-    dtype = torch.int8 if out_quantization is not None else out_dtype
+    width_of_n, dtype = output_form(n, out_dtype, out_quantization, out_bits, out_packed)
     out = torch.empty(
-        (batch, n, out_height, out_width), dtype=dtype, device=x.device, memory_format=torch.channels_last
+        (batch, width_of_n, out_height, out_width), dtype=dtype, device=x.device, memory_format=torch.channels_last
     )
     if not out.numel():
         return out
     images = [s.x.contiguous(memory_format=torch.channels_last) for s in segments]
-    channels = [image.shape[1] for image in images]
+    channels = [segment.channels for segment in segments]
     (r, s), (stride_h, stride_w), (dilation_h, dilation_w) = geometry.kernel, geometry.stride, geometry.dilation
     launch = launch or chosen_launch(x, m, n, r * s * channels[0], k_multiple=channels[0])
     tile, splits = launch if len(segments) == 1 else Launch(paired(launch.tile), 1)
+    tile = tile._replace(block_n=max(tile.block_n, BLOCK)) if out_packed else tile
     splits = min(splits, triton.cdiv(r * s * channels[0], tile.block_k))
     accumulator = torch.float32 if segments[0].quantization is None else torch.int32
     workspace = torch.empty((splits, m, n), dtype=accumulator, device=x.device) if splits > 1 else None
@@ -273,14 +230,15 @@ def int_conv2d(
         bias, temb, residual, out, out_quantization, workspace, m, n, height, width, channels[0], channels[-1],
         padded[0], padded[-1], out_width, pixels, image_pixels, stride_h, stride_w, geometry.padding[0],
         geometry.padding[2], dilation_h, dilation_w, R=r, S=s, UPSAMPLE=geometry.upsample, BITS=first.weight.bits,
-        BITS2=(second or first).weight.bits, OUT_BITS=out_bits, ALIGNED=channels[0] % tile.block_k == 0,
+        BITS2=(second or first).weight.bits, X_BITS=x_bits(images[0]), X_BITS2=x_bits(images[-1]), OUT_BITS=out_bits,
+        OUT_PACKED=out_packed, ALIGNED=channels[0] % tile.block_k == 0,
         ALIGNED2=channels[-1] % tile.block_k == 0, SPLITS=splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k, GROUP_M=GROUP_M, ASM=ASSEMBLY, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if workspace is not None:
         reduced(
             workspace, first.weight, has_classes[0], first.quantization, bias, temb, residual, out, out_quantization,
-            out_bits, image_pixels, pixels,
+            out_bits, out_packed, image_pixels, pixels, x_bits(images[0]),
         )  # fmt: skip
     return out
 
@@ -298,11 +256,12 @@ def _check(
     x = segments[0].x
     for i, segment in enumerate(segments):
         floating = segment.quantization is None
-        if segment.x.is_floating_point() != floating or (not floating and segment.x.dtype != torch.int8):
-            raise TypeError(f"segments[{i}].x must be int8 with a quantization or floating, got {segment.x.dtype}")
+        check_activations(f"segments[{i}].x", segment.x, segment.quantization)
         if segment.x.dim() != 4 or (segment.x.shape[0], *segment.x.shape[2:]) != (x.shape[0], *x.shape[2:]):
             raise ValueError(f"segments[{i}].x must be [N, C, H, W] alike, got {list(segment.x.shape)}")
-        taps = geometry.kernel[0] * geometry.kernel[1] * segment.x.shape[1]
+        if segment.x.dtype == torch.uint8 and segment.channels % BLOCK:
+            raise ValueError(f"segments[{i}].x must have whole blocks of {BLOCK} channels, got {segment.channels}")
+        taps = geometry.kernel[0] * geometry.kernel[1] * segment.channels
         if segment.weight.k != taps or len(segment.weight.scale) != n:
             found = [len(segment.weight.scale), segment.weight.k]
             raise ValueError(f"segments[{i}].weight must be [{n}, {taps}], got {found}")

@@ -1,7 +1,7 @@
 """int_gemm: y[m, n] = s s_w[n] (acc[m, n] - z wsum[n]) + bias[n] + temb[b, n] + residual[m, n], acc = sum_k q w.
 
-Activations int8 (8 or 4 bits wide) or floating (mode A16); weights int8, or int4 packed in memory and unpacked in
-registers. With GEGLU the weight's first half makes values and its second gates, and one program computes both.
+Activations int8 (8 or 4 bits wide), 4 bits packed, or floating (mode A16); weights int8 or 4 bits packed; registers
+unpack them. With GEGLU the weight's first half makes values and its second gates, and one program computes both.
 """
 
 from __future__ import annotations
@@ -11,89 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .accumulate import product, tile_of
 from .arithmetic import ASSEMBLY, gelu
 from .epilogue import _reduce_kernel, scaled, stored, with_terms
-from .packing import KernelWeight
+from .packing import BLOCK, KernelWeight, packed_width
 from .tiles import GROUP_M, INTERPRETED, Launch, architecture, choose, paired
-
-
-@triton.jit
-def unpacked(packed, ASM: tl.constexpr):
-    """(low, high) nibbles of uint8 values as int8, 16 times their value."""
-    if ASM:
-        low = tl.inline_asm_elementwise(
-            "shl.b32 $0, $1, 4; and.b32 $0, $0, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
-        )
-        high = tl.inline_asm_elementwise(
-            "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
-        )
-        return low, high
-    return ((packed & 0xF) << 4).to(tl.int8, bitcast=True), (packed & 0xF0).to(tl.int8, bitcast=True)
-
-
-@triton.jit
-def multiplied(x, weight, acc, FLOATING: tl.constexpr):
-    """acc + x [M, K] weight [N, K]^T, in int32, or in float32 with the weight's integers in x's dtype."""
-    if FLOATING:
-        acc = tl.dot(x, weight.to(x.dtype).T, acc, input_precision="ieee")
-    else:
-        acc = tl.dot(x, weight.T, acc, out_dtype=tl.int32)
-    return acc
-
-
-@triton.jit
-def product(
-    x, weight, acc, first, last, K, K_PADDED, BITS: tl.constexpr, FLOATING: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_K: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """acc plus the blocks first .. last of K.
-
-    x: pointers [M, 1] to rows of K; weight: pointers [N, 1] to rows of K' int8 values, or K' / 2 packed bytes.
-    """
-    if BITS == 8:
-        k = tl.arange(0, BLOCK_K)
-        for block in range(first, last):
-            at = block * BLOCK_K + k
-            if EVEN_K:
-                a = tl.load(x + at[None, :])
-                b = tl.load(weight + at[None, :])
-            else:
-                a = tl.load(x + at[None, :], mask=at[None, :] < K, other=0)
-                b = tl.load(weight + at[None, :], mask=at[None, :] < K_PADDED, other=0)
-            acc = multiplied(a, b, acc, FLOATING)
-    else:
-        HALF: tl.constexpr = BLOCK_K // 2
-        byte = tl.arange(0, HALF)
-        k = byte // 32 * 64 + byte % 32
-        for block in range(first, last):
-            at = block * BLOCK_K + k
-            if EVEN_K:
-                a_low = tl.load(x + at[None, :])
-                a_high = tl.load(x + 32 + at[None, :])
-                packed = tl.load(weight + (block * HALF + byte)[None, :])
-            else:
-                a_low = tl.load(x + at[None, :], mask=at[None, :] < K, other=0)
-                a_high = tl.load(x + 32 + at[None, :], mask=at[None, :] + 32 < K, other=0)
-                packed = tl.load(
-                    weight + (block * HALF + byte)[None, :],
-                    mask=(block * HALF + byte)[None, :] < K_PADDED // 2,
-                    other=0,
-                )
-            low, high = unpacked(packed, ASM)
-            acc = multiplied(a_low, low, acc, FLOATING)
-            acc = multiplied(a_high, high, acc, FLOATING)
-    return acc
-
-
-@triton.jit
-def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """(row, column) of the tile that program ``pid`` computes: GROUP_M rows of tiles at a time, which share weights."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    group = pid // (GROUP_M * tiles_n)
-    height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    within = pid % (GROUP_M * tiles_n)
-    return group * GROUP_M + within % height, within // height
 
 
 @triton.jit
@@ -116,7 +38,9 @@ def _int_gemm_kernel(
     stride_xm,
     pixels,
     BITS: tl.constexpr,
+    X_BITS: tl.constexpr,
     OUT_BITS: tl.constexpr,
+    OUT_PACKED: tl.constexpr,
     GEGLU: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -140,29 +64,33 @@ def _int_gemm_kernel(
     first = split * blocks // SPLITS
     last = (split + 1) * blocks // SPLITS
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    acc = product(x_rows, weight_rows, acc, first, last, K, K_PADDED, BITS, FLOATING, EVEN_K, BLOCK_K, ASM)
+    acc = product(x_rows, weight_rows, acc, first, last, K, K_PADDED, BITS, X_BITS, FLOATING, EVEN_K, BLOCK_K, ASM)
     at_rows = rows[:, None]
     at_columns = columns[None, :]
-    inside = (at_rows < M) & (at_columns < N)
+    in_range = at_rows < M
+    inside = in_range & (at_columns < N)
     if SPLITS > 1:
         tl.store(workspace + (split.to(tl.int64) * M + at_rows) * N + at_columns, acc, mask=inside)
     else:
-        at_rows = tl.where(at_rows < M, at_rows, 0)
-        y = scaled(acc, at_rows, at_columns, inside, N, quantization, weight_scale, weight_sum, None, pixels)
+        at_rows = tl.where(in_range, at_rows, 0)
+        y = scaled(acc, at_rows, at_columns, inside, N, quantization, weight_scale, weight_sum, None, pixels, X_BITS)
         if GEGLU:
             gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
             gates = weight + (columns % N + N).to(tl.int64)[:, None] * weight_bytes
-            gate = product(x_rows, gates, gate, first, last, K, K_PADDED, BITS, FLOATING, EVEN_K, BLOCK_K, ASM)
+            gate = product(x_rows, gates, gate, first, last, K, K_PADDED, BITS, X_BITS, FLOATING, EVEN_K, BLOCK_K, ASM)
             g = scaled(
-                gate, at_rows, at_columns, inside, N, quantization, weight_scale + N, weight_sum + N, None, pixels
-            )
+                gate, at_rows, at_columns, inside, N, quantization, weight_scale + N, weight_sum + N, None, pixels,
+                X_BITS,
+            )  # fmt: skip
             if bias is not None:
                 y += tl.load(bias + at_columns, mask=at_columns < N, other=0.0).to(tl.float32)
                 g += tl.load(bias + N + at_columns, mask=at_columns < N, other=0.0).to(tl.float32)
             y *= gelu(g)
         else:
             y = with_terms(y, at_rows, at_columns, inside, N, bias, temb, residual, pixels)
-        stored(y, at_rows, at_columns, inside, N, out, out_quantization, OUT_BITS, ASM)
+        stored(
+            y, at_rows, in_range, tile_n * BLOCK_N, N, out, out_quantization, OUT_BITS, OUT_PACKED, ASM
+        )  # fmt: skip
 
 
 def int_gemm(
@@ -177,6 +105,7 @@ def int_gemm(
     out_dtype: torch.dtype = torch.float16,
     out_quantization: Tensor | None = None,
     out_bits: int = 8,
+    out_packed: bool = False,
     launch: Launch | None = None,
 ) -> Tensor:
     """y[m, n] = s s_w[n] (acc[m, n] - z wsum[n]) + bias[n] + temb[m // (M / B), n] + residual[m, n].
@@ -184,23 +113,26 @@ def int_gemm(
     With ``geglu``, N is half of the weight's rows, and y = (row n) * gelu(row n + N).
 
     Args:
-        x: int8 [..., K] with adjacent features, or floating (mode A16).
+        x: int8 [..., K] with adjacent features, uint8 [..., packed_width(K)] (4 bits packed), or floating (mode A16).
         weight: from `packing.pack`; int4 stays packed.
         quantization: float32 [3] on the device, (s, 1 / s, z) of x; None in mode A16.
         bias: [N], or [2 N] with ``geglu``. temb: [B, N], B dividing M. residual: [..., N].
         out_dtype: float16, bfloat16 or float32.
-        out_quantization: float32 [3], quantises y to ``out_bits`` bits (int8) instead.
+        out_quantization: float32 [3], quantises y to ``out_bits`` bits (int8) instead; with ``out_packed`` to 4 packed
+            ones, uint8 [..., packed_width(N)].
         launch: tile and splits; chosen from `tiles` by default.
     """
-    k = x.shape[-1]
+    k, width = weight.k, x.shape[-1]
     n = len(weight.scale) // 2 if geglu else len(weight.scale)
-    m = x.numel() // max(1, k)
+    m = x.numel() // max(1, width)
     _check(x, weight, quantization, bias, temb, residual, geglu, (*x.shape[:-1], n), m, n)
-    matrix = x.reshape(m, k) if x.stride(-1) == 1 else x.contiguous().reshape(m, k)
-    out = torch.empty((m, n), dtype=torch.int8 if out_quantization is not None else out_dtype, device=x.device)
+    out_width, dtype = output_form(n, out_dtype, out_quantization, out_bits, out_packed)
+    matrix = x.reshape(m, width) if x.stride(-1) == 1 else x.contiguous().reshape(m, width)
+    out = torch.empty((m, out_width), dtype=dtype, device=x.device)
     if out.numel():
         launch = launch or chosen_launch(x, m, n, k)
         tile, splits = launch if not geglu else Launch(paired(launch.tile), 1)
+        tile = tile._replace(block_n=max(tile.block_n, BLOCK)) if out_packed else tile
         splits = min(splits, triton.cdiv(k, tile.block_k))
         accumulator = torch.int32 if quantization is not None else torch.float32
         workspace = torch.empty((splits, m, n), dtype=accumulator, device=x.device) if splits > 1 else None
@@ -212,15 +144,32 @@ def int_gemm(
         _int_gemm_kernel[grid](
             matrix, weight.values, weight.scale, weight.sums, quantization, bias, temb, residual, out,
             out_quantization, workspace, m, n, k, padded, matrix.stride(0), pixels, BITS=weight.bits,
-            OUT_BITS=out_bits, GEGLU=geglu, EVEN_K=k % tile.block_k == 0, SPLITS=splits, BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=GROUP_M, ASM=ASSEMBLY, num_warps=tile.warps,
-            num_stages=tile.stages,
+            X_BITS=x_bits(x), OUT_BITS=out_bits, OUT_PACKED=out_packed, GEGLU=geglu, EVEN_K=k % tile.block_k == 0,
+            SPLITS=splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=GROUP_M,
+            ASM=ASSEMBLY, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if workspace is not None:
             reduced(
-                workspace, weight, None, quantization, bias, temb, residual, out, out_quantization, out_bits, m, pixels
-            )
-    return out.reshape(*x.shape[:-1], n)
+                workspace, weight, None, quantization, bias, temb, residual, out, out_quantization, out_bits,
+                out_packed, m, pixels, x_bits(x),
+            )  # fmt: skip
+    return out.reshape(*x.shape[:-1], out_width)
+
+
+def x_bits(x: Tensor) -> int:
+    """4 for packed activations, else 8."""
+    return 4 if x.dtype == torch.uint8 else 8
+
+
+def output_form(
+    n: int, out_dtype: torch.dtype, out_quantization: Tensor | None, out_bits: int, out_packed: bool
+) -> tuple[int, torch.dtype]:
+    """(width of a row, dtype) of an output with ``n`` features; raises where packing was asked for in vain."""
+    if out_packed:
+        if out_quantization is None or out_bits != 4:
+            raise ValueError(f"out_packed needs an out_quantization with out_bits=4, got out_bits={out_bits}")
+        return packed_width(n), torch.uint8
+    return n, torch.int8 if out_quantization is not None else out_dtype
 
 
 def chosen_launch(x: Tensor, m: int, n: int, k: int, k_multiple: int = 0) -> Launch:
@@ -243,19 +192,32 @@ def reduced(
     out: Tensor,
     out_quantization: Tensor | None,
     out_bits: int,
+    out_packed: bool,
     image_pixels: int,
     pixels: int,
+    bits: int,
 ) -> None:
     """Sums the partial accumulators of a split product and finishes them into ``out``, whose memory is [M, N].
 
-    image_pixels: rows per image, of which class_index tells the border class; pixels: rows per row of temb.
+    image_pixels: rows per image, of which class_index tells the border class; pixels: rows per row of temb; bits: 4
+    where the activations were packed.
     """
     splits, m, n = workspace.shape
     grid = (triton.cdiv(m, 32), triton.cdiv(n, 64))
     _reduce_kernel[grid](
         workspace, weight.scale, weight.sums, class_index, quantization, bias, temb, residual, out, out_quantization,
-        m, n, image_pixels, pixels, SPLITS=splits, OUT_BITS=out_bits, BLOCK_M=32, BLOCK_N=64, ASM=ASSEMBLY,
+        m, n, image_pixels, pixels, SPLITS=splits, X_BITS=bits, OUT_BITS=out_bits, OUT_PACKED=out_packed, BLOCK_M=32,
+        BLOCK_N=64, ASM=ASSEMBLY,
     )  # fmt: skip
+
+
+def check_activations(name: str, x: Tensor, quantization: Tensor | None) -> None:
+    """Raises TypeError unless x is int8 or packed uint8 with a quantization, or floating without one."""
+    if x.is_floating_point() != (quantization is None) or (
+        quantization is not None and x.dtype not in (torch.int8, torch.uint8)
+    ):
+        wanted = "int8 or packed uint8 with a quantization, or floating without one"
+        raise TypeError(f"{name} must be {wanted}, got {x.dtype}")
 
 
 def _check(
@@ -270,10 +232,11 @@ def _check(
     m: int,
     n: int,
 ) -> None:
-    if x.is_floating_point() != (quantization is None) or (quantization is not None and x.dtype != torch.int8):
-        raise TypeError(f"x must be int8 with a quantization, or floating without one, got {x.dtype}")
-    if x.shape[-1] != weight.k:
-        raise ValueError(f"x must have K = {weight.k} features, got {list(x.shape)}")
+    check_activations("x", x, quantization)
+    width = packed_width(weight.k) if x.dtype == torch.uint8 else weight.k
+    if x.shape[-1] != width:
+        form = "" if width == weight.k else f" in {width} bytes"
+        raise ValueError(f"x must have K = {weight.k} features{form}, got {list(x.shape)}")
     if geglu and (len(weight.scale) % 2 or temb is not None or residual is not None):
         raise ValueError("geglu needs an even number of outputs and takes neither temb nor residual")
     rows = 2 * n if geglu else n

@@ -1,8 +1,9 @@
-"""How the product kernels want their weights: K-major, padded to whole blocks, int4 as "split halves".
+"""How the product kernels want their operands: K-major, weights padded to whole blocks, 4 bits as "split halves".
 
-Two int4 values share a byte. A block of 64 along K takes 32 bytes; byte j holds k = j in its low nibble and k = j + 32
+Two 4-bit values share a byte. A block of 64 along K takes 32 bytes; byte j holds k = j in its low nibble and k = j + 32
 in its high one, so that a kernel gets two runs of 32 by a shift and by a mask. It keeps each nibble in the high half of
-an int8, 16 times its value: the weight sums carry the 16 and the scales 1/16, both exactly.
+an int8, 16 times its value: the weight sums carry the 16 and the scales 1/16, both exactly. Activations of mode A4 may
+be packed in the same way (uint8, where the plain ones are int8); there the kernel's epilogue takes out the 16.
 """
 
 from __future__ import annotations
@@ -47,6 +48,23 @@ def pack(values: Tensor, scale: Tensor, bits: int, sums: Tensor | None = None) -
     scale = scale.to(torch.float32).contiguous()
     if bits == 8:
         return KernelWeight(padded.contiguous(), scale, sums.to(torch.int32).contiguous(), 8, k)
-    low, high = padded.view(torch.uint8).reshape(n, -1, 2, BLOCK // 2).unbind(2)
-    packed = ((low & 0xF) | (high << 4)).reshape(n, -1)
-    return KernelWeight(packed.contiguous(), scale / 16, (16 * sums).to(torch.int32).contiguous(), 4, k)
+    return KernelWeight(pack_rows(values), scale / 16, (16 * sums).to(torch.int32).contiguous(), 4, k)
+
+
+def pack_rows(values: Tensor) -> Tensor:
+    """int8 [..., K] in [-8, 7] -> uint8 [..., packed_width(K)], two to a byte; 0 past the end."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % BLOCK)).view(torch.uint8)
+    low, high = padded.unflatten(-1, (-1, 2, BLOCK // 2)).unbind(-2)
+    return ((low & 0xF) | (high << 4)).flatten(-2).contiguous()
+
+
+def unpack_rows(packed: Tensor, k: int) -> Tensor:
+    """The inverse of `pack_rows` for rows of ``k`` values."""
+    bytes_ = packed.unflatten(-1, (-1, BLOCK // 2))
+    nibbles = torch.stack((bytes_ & 0xF, bytes_ >> 4), -2).flatten(-3)
+    return ((nibbles ^ 8).view(torch.int8) - 8)[..., :k]
+
+
+def packed_width(k: int) -> int:
+    """Bytes of a packed row of ``k`` values."""
+    return -(-k // BLOCK) * (BLOCK // 2)

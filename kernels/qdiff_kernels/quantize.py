@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import ASSEMBLY, gelu, gelu_tanh, quantize_value, silu
+from .accumulate import low_column
+from .arithmetic import ASSEMBLY, gelu, gelu_tanh, paired_nibbles, quantize_value, silu
+from .packing import packed_width
 
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "geglu")
 FLOATING = (torch.float16, torch.bfloat16, torch.float32)
@@ -34,6 +36,33 @@ def source_pixels(
 
 
 @triton.jit
+def quantised_block(
+    x, source, feature, features, inside, quantization, channel_inverse, ACTIVATION: tl.constexpr, BITS: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """q of the features [1, C] of rows that start at ``source`` [P, 1]; outside, what 0 quantises to."""
+    # every activation of 0 is 0 and quantises to z, which is what the border holds
+    inside &= feature < features
+    if ACTIVATION == "geglu":
+        at = x + 2 * source + feature
+        value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        value *= gelu(tl.load(at + features, mask=inside, other=0.0).to(tl.float32))
+    else:
+        value = tl.load(x + source + feature, mask=inside, other=0.0).to(tl.float32)
+    if ACTIVATION == "silu":
+        value = silu(value)
+    elif ACTIVATION == "gelu":
+        value = gelu(value)
+    elif ACTIVATION == "gelu_tanh":
+        value = gelu_tanh(value)
+    inverse = tl.load(quantization + 1)
+    if channel_inverse is not None:
+        inverse = inverse * tl.load(channel_inverse + feature, mask=feature < features, other=0.0)
+    zero_point = tl.load(quantization + 2).to(tl.int32)
+    return quantize_value(value, inverse, zero_point, BITS, ASM)
+
+
+@triton.jit
 def _quantize_kernel(
     x,
     quantization,
@@ -51,36 +80,28 @@ def _quantize_kernel(
     BITS: tl.constexpr,
     UPSAMPLE: tl.constexpr,
     PLACED: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    blocks = tl.cdiv(features, BLOCK_C)
+    row = tl.cdiv(features, 64) * 32 if PACKED else features
+    blocks = tl.cdiv(row, BLOCK_C)
     pixel = (tl.program_id(0) // blocks * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
-    feature = (tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    within = (pixel < pixels) & (feature < features)
+    column = (tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     source, inside = source_pixels(pixel, height, width, out_height, out_width, top, left, UPSAMPLE, PLACED)
-    inside &= within
+    inside &= pixel < pixels
     source = source.to(tl.int64) * features
-    # every activation of 0 is 0 and quantises to z, which is what the border holds
-    if ACTIVATION == "geglu":
-        at = x + 2 * source + feature
-        value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        value *= gelu(tl.load(at + features, mask=inside, other=0.0).to(tl.float32))
-    else:
-        value = tl.load(x + source + feature, mask=inside, other=0.0).to(tl.float32)
-    if ACTIVATION == "silu":
-        value = silu(value)
-    elif ACTIVATION == "gelu":
-        value = gelu(value)
-    elif ACTIVATION == "gelu_tanh":
-        value = gelu_tanh(value)
-    inverse = tl.load(quantization + 1)
-    if channel_inverse is not None:
-        inverse = inverse * tl.load(channel_inverse + feature, mask=feature < features, other=0.0)
-    zero_point = tl.load(quantization + 2).to(tl.int32)
-    q = quantize_value(value, inverse, zero_point, BITS, ASM)
-    tl.store(out + pixel.to(tl.int64) * features + feature, q, mask=within)
+    feature = low_column(column) if PACKED else column
+    q = quantised_block(
+        x, source, feature, features, inside, quantization, channel_inverse, ACTIVATION, BITS, ASM
+    )  # fmt: skip
+    if PACKED:
+        high = quantised_block(
+            x, source, feature + 32, features, inside, quantization, channel_inverse, ACTIVATION, BITS, ASM
+        )
+        q = paired_nibbles(q, high, ASM)
+    tl.store(out + pixel.to(tl.int64) * row + column, q, mask=(pixel < pixels) & (column < row))
 
 
 def quantize(
@@ -92,6 +113,7 @@ def quantize(
     channel_inverse: Tensor | None = None,
     upsample: int = 1,
     padding: Padding = (0, 0, 0, 0),
+    packed: bool = False,
 ) -> Tensor:
     """q[..., k] = clamp(round_half_even(activation(x[..., k]) * inv) + z), inv = float32(inv_s * inv_c[k]).
 
@@ -103,15 +125,17 @@ def quantize(
         channel_inverse: float32 [F], 1 / c of channel equalisation.
         upsample: integer factor of nearest-neighbour upsampling, 4-D only.
         padding: (top, bottom, left, right) pixels of value z around the (upsampled) image, 4-D only.
+        packed: two values of 4 bits to a byte (`packing`).
 
     Returns:
-        int8 [N, F, H', W'] channels_last, or [..., F] contiguous.
+        int8 [N, F, H', W'] channels_last, or [..., F] contiguous; packed: uint8, with packed_width(F) in F's place.
 
     Raises:
         TypeError, ValueError: an argument's type or shape; the message names it.
     """
     check_floating("x", x)
     check_quantization(quantization, bits, x.device)
+    check_packed(packed, bits)
     check_placement(x, upsample, padding)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -126,16 +150,17 @@ def quantize(
     check_vector("channel_inverse", channel_inverse, features, x.device, (torch.float32,))
     height, width = rows.shape[1:3] if x.dim() == 4 else (1, 1)
     out_height, out_width = placed_size(height, width, upsample, padding)
-    shape = (len(rows), out_height, out_width, features) if x.dim() == 4 else (*rows.shape[:-1], features)
-    out = torch.empty(shape, dtype=torch.int8, device=x.device)
+    row = packed_width(features) if packed else features
+    shape = (len(rows), out_height, out_width, row) if x.dim() == 4 else (*rows.shape[:-1], row)
+    out = torch.empty(shape, dtype=torch.uint8 if packed else torch.int8, device=x.device)
     if out.numel():
-        pixels = out.numel() // features
-        block_p, block_c = block_shape(pixels, features)
-        grid = (triton.cdiv(pixels, block_p) * triton.cdiv(features, block_c),)
+        pixels = out.numel() // row
+        block_p, block_c = block_shape(pixels, row)
+        grid = (triton.cdiv(pixels, block_p) * triton.cdiv(row, block_c),)
         _quantize_kernel[grid](
             rows, quantization, channel_inverse, out, pixels, features, height, width, out_height, out_width,
             padding[0], padding[2], ACTIVATION=activation, BITS=bits, UPSAMPLE=upsample,
-            PLACED=upsample > 1 or any(padding), BLOCK_P=block_p, BLOCK_C=block_c, ASM=ASSEMBLY,
+            PLACED=upsample > 1 or any(padding), PACKED=packed, BLOCK_P=block_p, BLOCK_C=block_c, ASM=ASSEMBLY,
         )  # fmt: skip
     return out.movedim(-1, 1) if x.dim() == 4 else out
 
@@ -167,6 +192,12 @@ def check_quantization(quantization: Tensor, bits: int, device: torch.device) ->
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits}")
     check_vector("quantization", quantization, 3, device, (torch.float32,))
+
+
+def check_packed(packed: bool, bits: int | None) -> None:
+    """Raises ValueError where values other than 4-bit integers are to be packed; bits None: not quantised at all."""
+    if packed and bits != 4:
+        raise ValueError(f"packed needs a quantization with bits=4, got {'none' if bits is None else bits}")
 
 
 def check_vector(

@@ -30,10 +30,12 @@ def matrix_instruction(arch: int, floating: bool) -> str:
     return r"mma\.sync.*f32\.f16\.f16\.f32" if floating else r"mma\.sync.*m16n8k32.*s8\.s8"
 
 
-def _types(types: dict[str, str], bits: int, floating: bool, splits: int) -> dict[str, str]:
+def _types(types: dict[str, str], bits: int, x_bits: int, floating: bool, splits: int) -> dict[str, str]:
     types = dict(types)
     if bits == 4:
         types["weight"] = "*u8"
+    if x_bits == 4:
+        types["x"] = "*u8"
     if floating:
         types["x"] = "*fp16"
         del types["quantization"]
@@ -42,23 +44,24 @@ def _types(types: dict[str, str], bits: int, floating: bool, splits: int) -> dic
     return types
 
 
-def _blocks(tile: Tile, bits: int, splits: int) -> dict[str, int | bool]:
+def _blocks(tile: Tile, bits: int, x_bits: int, splits: int) -> dict[str, int | bool]:
     return {
-        "BITS": bits, "OUT_BITS": 8, "SPLITS": splits, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k, "GROUP_M": 8, "ASM": True,
+        "BITS": bits, "X_BITS": x_bits, "OUT_BITS": x_bits, "OUT_PACKED": x_bits == 4, "SPLITS": splits,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": 8, "ASM": True,
     }  # fmt: skip
 
 
 def gemm(
-    name: str, arch: int, tile: Tile, bits: int = 8, floating: bool = False, geglu: bool = False, splits: int = 1
-) -> Variant:
+    name: str, arch: int, tile: Tile, bits: int = 8, x_bits: int = 8, floating: bool = False, geglu: bool = False,
+    splits: int = 1,
+) -> Variant:  # fmt: skip
     """A launch of `int_gemm`; with GEGLU its result is quantised, as the next product wants it."""
-    types = _types({**_MATRICES, "K": "i32", "stride_xm": "i32"}, bits, floating, splits)
+    types = _types({**_MATRICES, "K": "i32", "stride_xm": "i32"}, bits, x_bits, floating, splits)
     if geglu:
         del types["residual"]
-        types |= {"out": "*i8", "out_quantization": "*fp32"}
+        types |= {"out": "*i8" if x_bits == 8 else "*u8", "out_quantization": "*fp32"}
         tile = paired(tile)
-    constants = {**_blocks(tile, bits, splits), "GEGLU": geglu, "EVEN_K": True}
+    constants = {**_blocks(tile, bits, x_bits, splits), "GEGLU": geglu, "EVEN_K": True}
     return Variant(
         f"int_gemm-{name}-{tile.block_m}x{tile.block_n}x{tile.block_k}", "qdiff_kernels.int_gemm:_int_gemm_kernel",
         arch, types, constants, ("N", "K", "K_PADDED", "stride_xm"), tile.warps, tile.stages,
@@ -67,17 +70,17 @@ def gemm(
 
 
 def conv(
-    name: str, arch: int, tile: Tile, bits: int = 8, floating: bool = False, kernel: int = 3, two: bool = False,
-    splits: int = 1, aligned: bool = True, upsample: int = 1,
+    name: str, arch: int, tile: Tile, bits: int = 8, x_bits: int = 8, floating: bool = False, kernel: int = 3,
+    two: bool = False, splits: int = 1, aligned: bool = True, upsample: int = 1,
 ) -> Variant:  # fmt: skip
     """A launch of `int_conv2d`, padded: with border classes."""
-    types = _types({**_MATRICES, **_PIXELS, "class_index": "*i32"}, bits, floating, splits)
+    types = _types({**_MATRICES, **_PIXELS, "class_index": "*i32"}, bits, x_bits, floating, splits)
     if two:
         types |= {f"{argument}2": types[argument] for argument in _BOTH_SEGMENTS if argument in types}
         tile = paired(tile)
     constants = {
-        **_blocks(tile, bits, splits), "R": kernel, "S": kernel, "UPSAMPLE": upsample, "BITS2": bits,
-        "ALIGNED": aligned, "ALIGNED2": aligned,
+        **_blocks(tile, bits, x_bits, splits), "R": kernel, "S": kernel, "UPSAMPLE": upsample, "BITS2": bits,
+        "X_BITS2": x_bits, "ALIGNED": aligned, "ALIGNED2": aligned,
     }  # fmt: skip
     divisible = ("N", "C", "C2", "K_PADDED", "K_PADDED2") if aligned else ("N", "K_PADDED")
     return Variant(
@@ -95,13 +98,19 @@ def products() -> Iterator[Variant]:
             yield gemm("w4a8", arch, tile, bits=4)
             yield conv("w8a8", arch, tile)
             yield conv("w4a8", arch, tile, bits=4)
+            yield gemm("w4a4-packed", arch, tile, bits=4, x_bits=4)
+            yield conv("w4a4-packed", arch, tile, bits=4, x_bits=4)
         tile = tiles[0]
         yield gemm("w8a16", arch, tile, floating=True)
         yield gemm("w4a16", arch, tile, bits=4, floating=True)
+        yield gemm("w8a4-packed", arch, tile, x_bits=4)
+        yield conv("w8a4-packed", arch, tile, x_bits=4)
         yield gemm("geglu", arch, tile, geglu=True)
+        yield gemm("geglu-packed", arch, tile, bits=4, x_bits=4, geglu=True)
         yield gemm("split", arch, tiles[-1], splits=4)
         yield conv("w8a16", arch, tile, floating=True)
         yield conv("two-segments", arch, tile, kernel=1, two=True)
+        yield conv("two-segments-packed", arch, tile, bits=4, x_bits=4, kernel=1, two=True)
         yield conv("split", arch, tiles[-1], splits=4)
         yield conv("upsampled", arch, tiles[-1], upsample=2)
         yield conv("few-channels-in", arch, tiles[-1]._replace(block_k=64), aligned=False, floating=True)
@@ -117,7 +126,8 @@ def products() -> Iterator[Variant]:
                 {**sizes, "workspace": "*i32", "weight_scale": "*fp32", "weight_sum": "*i32", "quantization": "*fp32",
                  "bias": "*fp32", "residual": "*fp16", "out": "*fp16", "N": "i32", "image_pixels": "i32",
                  "pixels": "i32"},
-                {"M": rows, "SPLITS": 4, "OUT_BITS": 8, "BLOCK_M": 32, "BLOCK_N": 64, "ASM": True}, ("N",),
+                {"M": rows, "SPLITS": 4, "X_BITS": 8, "OUT_BITS": 8, "OUT_PACKED": False, "BLOCK_M": 32,
+                 "BLOCK_N": 64, "ASM": True}, ("N",),
             )  # fmt: skip
 
 
@@ -145,7 +155,13 @@ def _elementwise(
     everything |= dict.fromkeys(("eps", "share_high", "share_low"), "fp32")
     types = {argument: kind for argument, kind in everything.items() if argument not in {*absent, *constants}}
     return Variant(
-        name, f"qdiff_kernels.{kernel}", arch, types, {"BITS": 8, "ASM": True, **constants}, _DIVISIBLE, warps
+        name,
+        f"qdiff_kernels.{kernel}",
+        arch,
+        types,
+        {"BITS": 8, "PACKED": False, "ASM": True, **constants},
+        _DIVISIBLE,
+        warps,
     )
 
 
@@ -162,6 +178,10 @@ def others() -> Iterator[Variant]:
             "quantize-placed", "quantize:_quantize_kernel", arch, {**placed, "ACTIVATION": "none", "BITS": 4},
             ("channel_inverse",),
         )  # fmt: skip
+        four: dict[str, object] = {"BITS": 4, "PACKED": True}
+        yield _elementwise(
+            "quantize-packed", "quantize:_quantize_kernel", arch, {**plain, **four, "ACTIVATION": "none"}, out="*u8"
+        )
         yield _elementwise("groupnorm-statistics", "group_statistics:_statistics_kernel", arch, block)
         for block_c, (block_k, warps) in MERGED_BLOCKS.items():
             yield _elementwise(
@@ -172,8 +192,10 @@ def others() -> Iterator[Variant]:
         yield _elementwise("groupnorm-apply", apply, arch, {**plain, "SILU": True})
         yield _elementwise("groupnorm-apply-placed", apply, arch, {**placed, "SILU": True, "channels2": 0}, ("x2",))
         yield _elementwise("groupnorm-apply-float", apply, arch, {**plain, "SILU": False}, ("quantization",), "*fp16")
+        yield _elementwise("groupnorm-apply-packed", apply, arch, {**plain, "SILU": True, **four}, out="*u8")
         layernorm = "layernorm_quantize:_layernorm_quantize_kernel"
         yield _elementwise("layernorm", layernorm, arch, {"BLOCK_M": 1, "BLOCK_K": 2048})
+        yield _elementwise("layernorm-packed", layernorm, arch, {"BLOCK_M": 1, "BLOCK_K": 2048, **four}, out="*u8")
         yield _elementwise("layernorm-narrow", layernorm, arch, {"BLOCK_M": 8, "BLOCK_K": 512}, ("weight", "bias"))
         for prediction in ("epsilon", "v_prediction", "sample"):
             constants = {"PREDICTION": prediction, "CLIPPED": True, "BLOCK": 512}
