@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qdiff_engine import numerics, ops, reference
-from qdiff_engine.ops import operands
+from qdiff_engine.ops import operands, triton_kernels
 
 STORAGES = [torch.int8, torch.uint8]
 CHANNELS_LAST = torch.channels_last
@@ -526,6 +526,34 @@ def test_layernorm_quantize(quantizer: str, shape: tuple[int, ...], storage: tor
 
 
 # ---- which backend runs
+
+
+def test_packed_activations_give_the_same_bits() -> None:
+    """4-bit integers two to a byte, from every operator that writes them into both that read them."""
+    _present("triton")
+    given: dict[str, Any] = {"backend": "triton"}
+    x, rows, bias, site = torch.randn(2, 128, 5, 6), torch.randn(3, 7, 130), torch.randn(130), (0.3, -3, 4)
+    padding = (1, 1, 1, 1)
+    whole = ops.pack_conv2d(integers(9, 128, 3, 3), torch.rand(9), padding=padding)
+    grouped = ops.pack_conv2d(integers(8, 64, 3, 3), torch.rand(8), groups=2)
+    linear = ops.pack_gemm(integers(9, 130, low=-8, high=7), torch.rand(9), 4)
+    results = []
+    for storage in (torch.int8, triton_kernels.PACKED):
+        images = (
+            ops.quantize(x, *site, storage=storage, **given),
+            ops.groupnorm_silu_quantize(x, 8, None, None, 1e-5, *site, padding=padding, storage=storage, **given),
+        )
+        q = ops.layernorm_quantize(rows, None, bias, 1e-5, *site, storage=storage, **given)
+        assert {q.dtype, *(image.dtype for image in images)} == {storage}
+        segments = [ops.Segment(image, weight, *site[:2]) for image in images for weight in (whole, grouped)]
+        results.append([ops.int_conv2d([segment], **given) for segment in segments])
+        results[-1].append(ops.int_gemm(q, linear, *site[:2], **given))
+    for plain, packed in zip(*results, strict=True):
+        assert torch.equal(plain, packed)
+    with pytest.raises(ValueError, match="q must hold 130 features in 96 bytes, got"):
+        ops.int_gemm(q[..., :64], linear, *site[:2], **given)
+    with pytest.raises(ValueError, match="storage torch.int4 needs 4-bit integers, got 8 bits"):
+        ops.quantize(x, 0.3, -3, 8, storage=triton_kernels.PACKED, **given)
 
 
 def test_the_first_available_backend_is_chosen() -> None:

@@ -2,6 +2,9 @@
 
 A quantisation (s, z) may be two Python numbers, or, in place of the scale, the float32 [3] tensor (s, 1 / s, z) on the
 device that the kernels read: a captured CUDA graph then follows whatever row of the table was copied there.
+
+Beside int8 and uint8, 4-bit activations have a third storage here, `PACKED`: two values to a byte, which halves what
+moves between kernels. Such a tensor has that dtype, bytes in the features' place, and only these operators read it.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from . import operands
 from .operands import ConvWeight, GemmWeight, QuantizedCopy, Segment, recent
 
 _NAME = "triton"
+PACKED = torch.int4  # type: ignore[attr-defined]  # missing from its stubs
 OLDEST = (8, 0)  # compute capability: asynchronous copies, and int8 matrix instructions of this form
 
 
@@ -84,16 +88,36 @@ def quantize(
     quantization = _quantization(scale, zero_point, x.device)
     q = _kernels("quantize").quantize(
         x, quantization, bits, activation=activation, channel_inverse=channel_inverse, upsample=upsample,
-        padding=padding,
+        padding=padding, packed=storage == PACKED,
     )  # fmt: skip
-    return numerics.stored(q, storage)
+    return _stored(q, storage)
 
 
 def _check_scale(
     x: Tensor, scale: float | Tensor | None, zero_point: int, bits: int, upsample: int, padding: Any, storage: Any
 ) -> None:
     number = None if isinstance(scale, Tensor) else scale  # what the device holds was checked when the table was made
-    operands.check_quantize(x, number, zero_point, bits, upsample, padding, storage)
+    if storage == PACKED and (bits != 4 or scale is None):
+        raise ValueError(f"storage {PACKED} needs 4-bit integers, got {bits} bits and scale {scale}")
+    plain = torch.int8 if storage == PACKED else storage
+    operands.check_quantize(x, number, zero_point, bits, upsample, padding, plain)
+
+
+def _stored(q: Tensor, storage: torch.dtype) -> Tensor:
+    """What a kernel wrote, int8 or packed, in the storage that was asked for."""
+    return q.view(PACKED) if storage == PACKED else numerics.stored(q, storage)
+
+
+def _as_plain(q: Tensor, k: int) -> Tensor:
+    """q, or in place of packed activations of ``k`` features something that the shared checks can read."""
+    if q.dtype != PACKED:
+        return q
+    packed_width, axis = _kernels("packing").packed_width, 1 if q.dim() == 4 else -1
+    if not q.dim() or q.shape[axis] != packed_width(k):
+        raise ValueError(f"q must hold {k} features in {packed_width(k)} bytes, got {list(q.shape)}")
+    shape = list(q.shape)
+    shape[axis] = k
+    return torch.empty(shape, dtype=torch.int8, device="meta")
 
 
 def groupnorm_silu_quantize(
@@ -129,8 +153,9 @@ def groupnorm_silu_quantize(
     q = _kernels("groupnorm_silu_quantize").groupnorm_silu_quantize(
         x, groups, weight, bias, eps, _quantization(scale, zero_point, x.device), bits, silu=silu, x2=x2,
         pre_add=pre_add, norm_scale=norm_scale, norm_shift=norm_shift, upsample=upsample, padding=padding,
+        packed=storage == PACKED,
     )  # fmt: skip
-    return q if scale is None else numerics.stored(q, storage)
+    return q if scale is None else _stored(q, storage)
 
 
 def layernorm_quantize(
@@ -147,8 +172,10 @@ def layernorm_quantize(
     """q[..., k] = quantize(layer_norm(x)[..., k]); see `ops.layernorm_quantize`."""
     _check_scale(x, scale, zero_point, bits, 1, (0, 0, 0, 0), storage)
     quantization = _quantization(scale, zero_point, x.device)
-    q = _kernels("layernorm_quantize").layernorm_quantize(x, weight, bias, eps, quantization, bits)
-    return q if scale is None else numerics.stored(q, storage)
+    q = _kernels("layernorm_quantize").layernorm_quantize(
+        x, weight, bias, eps, quantization, bits, packed=storage == PACKED
+    )
+    return q if scale is None else _stored(q, storage)
 
 
 def int_gemm(
@@ -166,7 +193,9 @@ def int_gemm(
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """y[m, n] = s s_w[n] o[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n]; see `ops.int_gemm`."""
-    operands.check_gemm(q, weight, scale, zero_point, bias, residual, output_scale, half=True)
+    operands.check_gemm(
+        _as_plain(q, weight.values.shape[1]), weight, scale, zero_point, bias, residual, output_scale, half=True
+    )
     packed = weight.prepared.get(_NAME)
     if packed is None:
         packed = weight.prepared[_NAME] = _kernels("packing").pack(weight.values, weight.scale, weight.bits)
@@ -187,6 +216,9 @@ def _written(output: operands.Output | None, out_dtype: torch.dtype, device: tor
 
 
 def _signed(q: Tensor) -> Tensor:
+    """Floating activations, int8, or the bytes of packed ones."""
+    if q.dtype == PACKED:
+        return q.view(torch.uint8)
     return q if q.is_floating_point() else numerics.signed(q)
 
 
@@ -202,7 +234,8 @@ def int_conv2d(
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """y = sum over segments of s s_w (acc - z wsum[class]) + bias + temb + residual; see `ops.int_conv2d`."""
-    operands.check_conv2d(segments, bias, temb, residual, output_scale, half=True)
+    plain = [s._replace(q=_as_plain(s.q, s.weight.values.shape[1] * s.weight.groups)) for s in segments]
+    operands.check_conv2d(plain, bias, temb, residual, output_scale, half=True)
     y, terms, launches = None, _Terms(output_scale, bias, temb, residual), _launches(segments)
     final = _written(output, out_dtype, segments[0].q.device)
     for i, part in enumerate(launches):
