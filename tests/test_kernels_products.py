@@ -8,9 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from qdiff_kernels.int_conv2d import Geometry, Segment, int_conv2d, pack_order
-from qdiff_kernels.int_gemm import int_gemm
+from qdiff_kernels.int_conv2d_box import Box, box_of, tiles_of_boxes
+from qdiff_kernels.int_gemm import int_gemm, is_wide
 from qdiff_kernels.packing import BLOCK, KernelWeight, pack, pack_rows, packed_width, unpack_rows
-from qdiff_kernels.tiles import SHARED_MEMORY, TILES, Launch, Tile, architecture, choose, paired
+from qdiff_kernels.tiles import (
+    DESCRIPTOR_TILES,
+    INTEGER_TILES,
+    SHARED_MEMORY,
+    TILES,
+    Launch,
+    Tile,
+    architecture,
+    choose,
+    paired,
+)
 from torch import Tensor
 
 from qdiff_engine import numerics, reference
@@ -165,6 +176,25 @@ def test_int_gemm_of_packed_activations_at_the_extremes() -> None:
             assert_close(y, expected)
 
 
+@pytest.mark.parametrize("x_bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("m, n, k", [(17, 33, 48), (33, 130, 400)])
+def test_int_gemm_reads_through_descriptors(m: int, n: int, k: int, bits: int, x_bits: int) -> None:
+    """The same bits as through pointers, past the ends of both operands, in parts, with two accumulators."""
+    if DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors need compute capability 9.0")
+    q = integers(m, k, low=-8, high=7)
+    x = (pack_rows(q) if x_bits == 4 else q).to(DEVICE)
+    packed, activation = moved(pack(*weights(2 * n, k, bits), bits)), quantization(0.25, -5)
+    for options in ({}, {"geglu": True}, {"residual": torch.randn(m, 2 * n).to(DEVICE)}):
+        for splits in (1,) if "geglu" in options else (1, 3):
+            results = [
+                int_gemm(x, packed, activation, out_dtype=torch.float32, launch=Launch(tile, splits, read), **options)
+                for tile, read in ((SMALL, False), (SMALL, True), (SMALL._replace(block_k=128, block_n=256), True))
+            ]
+            assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
 @pytest.mark.parametrize("geglu", [False, True])
 @pytest.mark.parametrize("n", [1, 40, 64, 130])
 def test_int_gemm_writes_packed_integers(n: int, geglu: bool) -> None:
@@ -290,6 +320,37 @@ def packed_image(x: Tensor) -> Tensor:
     return pack_rows(x.movedim(1, -1)).movedim(-1, 1)
 
 
+@pytest.mark.parametrize("x_bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ["two blocks a tap", "dilated", "tall", "1x1, padded", "tiny image"])
+def test_int_conv2d_reads_boxes_through_descriptors(name: str, bits: int, x_bits: int) -> None:
+    """The same bits as through pointers, past every edge of the image and of the batch, in parts and in one."""
+    if DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors need compute capability 9.0")
+    tall = {"kernel": (3, 1), "padding": (2, 0, 0, 0), "size": (9, 2), "out": 33}
+    changes = {"tall": tall, "1x1, padded": {"kernel": (1, 1)}}.get(name) or CONVOLUTIONS[name]
+    case = Case(bits, **{**changes, "channels": 128})
+    segment = case.segments[0]._replace(x=case.segments[0].x >> 4)
+    given = (case.geometry, case.class_index, on_device(torch.randn(case.shape[1])))
+    terms = {"temb": on_device(torch.randn(2, case.shape[1])), "residual": on_device(torch.randn(case.shape))}
+    options: dict[str, Any] = {"out_dtype": torch.float32, **terms}
+    expected = int_conv2d([segment], *given, **options, launch=Launch(SMALL, 1))
+    if x_bits == 4:
+        segment = segment._replace(x=packed_image(segment.x))
+    for tile, splits in ((SMALL, 1), (SMALL._replace(block_k=128, block_n=128), 1), (SMALL, 3)):
+        y = int_conv2d([segment], *given, **options, launch=Launch(tile, splits, True))
+        assert torch.equal(y, expected)
+
+
+def test_boxes_cover_images_in_the_fewest_tiles() -> None:
+    assert box_of(128, 2, 64, 64) == Box(1, 8, 16) and box_of(128, 4, 8, 8) == Box(2, 8, 8)
+    assert box_of(64, 16, 4, 4) == Box(4, 4, 4) and box_of(128, 1, 96, 20) == Box(1, 32, 4)
+    for images, height, width in ((1, 1, 1), (3, 5, 7), (2, 33, 17)):
+        box = box_of(128, images, height, width)
+        assert box.images * box.rows * box.columns == 128
+        assert tiles_of_boxes(box, images, height, width) * 128 >= images * height * width
+
+
 @pytest.mark.parametrize("splits", [1, 2])
 def test_int_conv2d_writes_packed_integers(splits: int) -> None:
     case = Case(8, channels=64, out=70)
@@ -358,6 +419,25 @@ def test_int4_weights_stay_packed() -> None:
             ValueError,
             "whole blocks of 64 channels, got 32",
         ),
+        (
+            lambda w, q: int_gemm(torch.zeros(2, 33, dtype=torch.int8), w, q, launch=Launch(SMALL, 1, True)),
+            ValueError,
+            "descriptors need integer rows aligned to 16 bytes",
+        ),
+        (
+            lambda w, q: int_gemm(torch.zeros(2, 33), w, None, launch=Launch(SMALL, 1, True)),
+            ValueError,
+            "descriptors need integer rows.*got torch.float32",
+        ),
+        (
+            lambda w, q: int_conv2d(
+                [Segment(torch.zeros(1, 33, 4, 4, dtype=torch.int8), w, q)],
+                Geometry((1, 1), (2, 2)),
+                launch=Launch(SMALL, 1, True),
+            ),
+            ValueError,
+            r"descriptors need one integer segment.*got \[33\] channels",
+        ),  # fmt: skip
         (lambda w, q: pack(torch.zeros(2, 3), torch.ones(2), 8), TypeError, "values must be int8"),
         (lambda w, q: pack(torch.full((2, 3), 9, dtype=torch.int8), torch.ones(2), 4), ValueError, r"\[-8, 7\]"),
         (lambda w, q: pack(torch.zeros(2, 3, dtype=torch.int8), torch.ones(2), 3), ValueError, "bits must be 4 or 8"),
@@ -390,13 +470,44 @@ def test_the_tile_choice_is_a_pure_function() -> None:
     assert small.tile == TILES[90][-1] and small.splits > 1
     assert choose(90, 512, 320, 2880, k_multiple=320).tile.block_k == 64
     assert choose(86, 8192, 5120, 640, multiprocessors=20).tile == TILES[86][0]
+    wide = Tile(128, 256, 128, 8, 4)
+    assert choose(90, 8192, 5120, 640, alignment=64) == Launch(wide, 1, True)
+    assert (
+        choose(90, 8192, 5120, 640, alignment=8) == Launch(wide, 1, False) == choose(90, 8192, 5120, 640, alignment=24)
+    )
+    assert not choose(90, 8192, 4, 640, alignment=64).descriptors
+    assert not any(choose(arch, 8192, 5120, 640, alignment=64).descriptors for arch in (80, 86, 89))
+    assert all(choose(arch, 8192, 5120, 640, alignment=64).descriptors for arch in (100, 120))
+    small = choose(90, 128, 1280, 5120, alignment=16)
+    assert small.tile == DESCRIPTOR_TILES[90][-1] and small.splits > 1 and small.descriptors
     for arch in TILES:
         for m, n, k in [(1, 1, 1), (128, 1280, 11520), (32768, 320, 2880), (2, 1280, 64)]:
-            tile, splits = choose(arch, m, n, k)
+            tile, splits, _ = choose(arch, m, n, k)
             assert 1 <= splits <= 16 and (splits == 1 or k // tile.block_k >= 4 * splits)
-        for tile in TILES[arch]:
+        for tile in (*TILES[arch], *INTEGER_TILES.get(arch, ()), *DESCRIPTOR_TILES.get(arch, ())):
             assert tile.stages * (tile.block_m + tile.block_n) * tile.block_k <= SHARED_MEMORY[arch]
             assert paired(tile).block_n <= 64
+
+
+def test_offsets_have_64_bits_where_32_are_too_few() -> None:
+    largest = torch.empty(1, device="meta").expand(1 << 16, 1 << 15)
+    assert not is_wide(None, torch.empty(1 << 16, (1 << 15), device="meta"), largest)
+    assert is_wide(None, torch.empty((1 << 16) + 1, 1 << 15, device="meta"))
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_64_bit_offsets_give_the_same_bits(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(8, channels=64)
+    q, weight = integers(33, 130).to(DEVICE), moved(pack(*weights(17, 130, 4), 4))
+    residual, temb = torch.randn(33, 17).to(DEVICE), torch.randn(3, 17).to(DEVICE)
+    results = []
+    for wide in (False, True):
+        for module in ("int_gemm", "int_conv2d"):
+            monkeypatch.setattr(f"qdiff_kernels.{module}.is_wide", lambda *_, wide=wide: wide)
+        launch = Launch(SMALL, splits)
+        results.append(int_gemm(q, weight, quantization(0.1, 3), residual=residual, temb=temb, launch=launch))
+        results.append(int_conv2d(case.segments, case.geometry, case.class_index, launch=launch))
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
 
 
 def test_architectures_are_served_by_their_own_table_or_an_older_one() -> None:

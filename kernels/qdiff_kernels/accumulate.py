@@ -35,6 +35,12 @@ def multiplied(x, weight, acc, FLOATING: tl.constexpr):
 
 
 @triton.jit
+def offsets(indices, WIDE: tl.constexpr):
+    """Indices as the type that offsets into memory are computed in: 64 bits only where a tensor needs them."""
+    return indices.to(tl.int64) if WIDE else indices
+
+
+@triton.jit
 def low_column(byte):
     """The column whose value a packed row's byte holds in its low nibble; the high one holds the column 32 further."""
     return byte // 32 * 64 + byte % 32
@@ -100,6 +106,36 @@ def product(
 
 
 @triton.jit
+def in_order(packed, ASM: tl.constexpr):
+    """int8 [N, 2 B], 16 times the values of packed bytes [N, B], in the order of K."""
+    low, high = unpacked(packed, ASM)
+    N: tl.constexpr = packed.shape[0]
+    B: tl.constexpr = packed.shape[1]
+    both = tl.join(low.reshape(N, B // 32, 32), high.reshape(N, B // 32, 32))
+    return both.permute(0, 1, 3, 2).reshape(N, 2 * B)
+
+
+@triton.jit
+def descriptor_product(
+    x, weight, row, column, acc, first, last, BITS: tl.constexpr, X_BITS: tl.constexpr, BLOCK_K: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """acc plus the blocks first .. last of K, read through tensor descriptors: the tile at ``row`` and ``column``.
+
+    What lies outside a tensor reads as 0; packed rows are bytes.
+    """
+    for block in range(first, last):
+        a = x.load([row, block * (BLOCK_K // 2 if X_BITS == 4 else BLOCK_K)])
+        b = weight.load([column, block * (BLOCK_K // 2 if BITS == 4 else BLOCK_K)])
+        if X_BITS == 4:
+            a = in_order(a, ASM)
+        if BITS == 4:
+            b = in_order(b, ASM)
+        acc = multiplied(a, b, acc, False)
+    return acc
+
+
+@triton.jit
 def tap(x, image, top, left, r, s, H, W, width, dilation_h, dilation_w, UPSAMPLE: tl.constexpr):
     """(pointers to the first of a pixel's ``width`` values at tap (r, s) of every output pixel, whether it exists)."""
     ih = top + r * dilation_h
@@ -107,7 +143,7 @@ def tap(x, image, top, left, r, s, H, W, width, dilation_h, dilation_w, UPSAMPLE
     inside = (ih >= 0) & (ih < H * UPSAMPLE) & (iw >= 0) & (iw < W * UPSAMPLE)
     ih = tl.where(inside, ih // UPSAMPLE, 0)
     iw = tl.where(inside, iw // UPSAMPLE, 0)
-    return x + ((image.to(tl.int64) * H + ih) * W + iw) * width, inside
+    return x + ((image * H + ih) * W + iw) * width, inside
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .accumulate import offsets
 from .arithmetic import paired_nibbles, quantize_value
 
 
@@ -47,7 +48,7 @@ def with_terms(y, rows, columns, inside, N, bias, temb, residual, pixels):
     if temb is not None:
         y += tl.load(temb + (rows // pixels) * N + columns, mask=inside, other=0.0).to(tl.float32)
     if residual is not None:
-        y += tl.load(residual + rows.to(tl.int64) * N + columns, mask=inside, other=0.0).to(tl.float32)
+        y += tl.load(residual + rows * N + columns, mask=inside, other=0.0).to(tl.float32)
     return y
 
 
@@ -58,9 +59,9 @@ def stored(
 ):  # fmt: skip
     """Writes y [M, N] in the output's dtype, or quantised with ``out_quantization``, and then maybe two to a byte.
 
-    rows, in_range [M, 1]: indices, and which of them exist; first_column: of the tile, whose width divides it.
+    rows, in_range [M, 1]: indices, int64 where offsets need it, and which of them exist; first_column: of the tile,
+    whose width divides it.
     """
-    rows = rows.to(tl.int64)
     columns = first_column + tl.arange(0, y.shape[1])[None, :]
     inside = in_range & (columns < N)
     if out_quantization is None:
@@ -77,6 +78,37 @@ def stored(
             tl.store(out + rows * row_bytes + byte, packed, mask=in_range & (byte < row_bytes))
         else:
             tl.store(out + rows * N + columns, q, mask=inside)
+
+
+@triton.jit
+def finished(
+    acc, rows, in_range, first_column, N, quantization, weight_scale, weight_sum, class_index, image_pixels, bias, temb,
+    residual, pixels, out, out_quantization, X_BITS: tl.constexpr, OUT_BITS: tl.constexpr, OUT_PACKED: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Scales a tile's accumulators, adds the terms and stores the result; wide tiles in halves.
+
+    One half's addresses and floats are gone before the other's are needed: together they would spill registers.
+    """
+    if acc.shape[1] > 64:
+        HALF: tl.constexpr = acc.shape[1] // 2
+        left, right = tl.split(acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1))
+        finished(
+            left, rows, in_range, first_column, N, quantization, weight_scale, weight_sum, class_index, image_pixels,
+            bias, temb, residual, pixels, out, out_quantization, X_BITS, OUT_BITS, OUT_PACKED, ASM,
+        )  # fmt: skip
+        finished(
+            right, rows, in_range, first_column + HALF, N, quantization, weight_scale, weight_sum, class_index,
+            image_pixels, bias, temb, residual, pixels, out, out_quantization, X_BITS, OUT_BITS, OUT_PACKED, ASM,
+        )  # fmt: skip
+    else:
+        columns = first_column + tl.arange(0, acc.shape[1])[None, :]
+        inside = in_range & (columns < N)
+        y = scaled(
+            acc, rows, columns, inside, N, quantization, weight_scale, weight_sum, class_index, image_pixels, X_BITS
+        )
+        y = with_terms(y, rows, columns, inside, N, bias, temb, residual, pixels)
+        stored(y, rows, in_range, first_column, N, out, out_quantization, OUT_BITS, OUT_PACKED, ASM)
 
 
 @triton.jit
@@ -99,6 +131,7 @@ def _reduce_kernel(
     X_BITS: tl.constexpr,
     OUT_BITS: tl.constexpr,
     OUT_PACKED: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ASM: tl.constexpr,
@@ -108,10 +141,10 @@ def _reduce_kernel(
     columns = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     in_range = rows < M
     inside = in_range & (columns < N)
-    rows = tl.where(in_range, rows, 0)
-    acc = tl.load(workspace + rows.to(tl.int64) * N + columns, mask=inside, other=0)
+    rows = offsets(tl.where(in_range, rows, 0), WIDE)
+    acc = tl.load(workspace + rows * N + columns, mask=inside, other=0)
     for split in range(1, SPLITS):
-        acc += tl.load(workspace + (split * M + rows).to(tl.int64) * N + columns, mask=inside, other=0)
+        acc += tl.load(workspace + (split * M + rows) * N + columns, mask=inside, other=0)
     y = scaled(acc, rows, columns, inside, N, quantization, weight_scale, weight_sum, class_index, image_pixels, X_BITS)
     y = with_terms(y, rows, columns, inside, N, bias, temb, residual, pixels)
     stored(

@@ -7,6 +7,7 @@ input may be read upsampled (nearest), and a skip concatenation in two segments,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .accumulate import convolved, tile_of
+from .accumulate import convolved, offsets, tile_of
 from .arithmetic import ASSEMBLY
-from .epilogue import scaled, stored, with_terms
-from .int_gemm import check_activations, chosen_launch, output_form, reduced, x_bits
+from .epilogue import finished, scaled, stored, with_terms
+from .int_conv2d_box import _int_conv2d_box_kernel, box_of, described_image, tiles_of_boxes
+from .int_gemm import check_activations, chosen_launch, int_gemm, is_wide, output_form, reduced, x_bits
 from .packing import BLOCK, KernelWeight
-from .tiles import GROUP_M, Launch, paired
+from .tiles import DESCRIPTOR_ALIGNMENT, GROUP_M, Launch, paired
 
 
 class Segment(NamedTuple):
@@ -110,6 +112,7 @@ def _int_conv2d_kernel(
     ALIGNED: tl.constexpr,
     ALIGNED2: tl.constexpr,
     SPLITS: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -129,8 +132,10 @@ def _int_conv2d_kernel(
     out_row = pixel // OUT_W
     top = out_row * stride_h - pad_top
     left = (pixel - out_row * OUT_W) * stride_w - pad_left
+    image = offsets(image, WIDE)
+    rows = offsets(rows, WIDE)
 
-    wrapped = (columns % N).to(tl.int64)[:, None]
+    wrapped = offsets(columns % N, WIDE)[:, None]
     blocks = tl.cdiv(R * S * C, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     acc = convolved(
@@ -141,22 +146,26 @@ def _int_conv2d_kernel(
     at_columns = columns[None, :]
     inside = in_range & (at_columns < N)
     if SPLITS > 1:
-        tl.store(workspace + (split.to(tl.int64) * M + rows) * N + at_columns, acc, mask=inside)
+        tl.store(workspace + (split * M + rows) * N + at_columns, acc, mask=inside)
+    elif x2 is None:
+        finished(
+            acc, rows, in_range, tile_n * BLOCK_N, N, quantization, weight_scale, weight_sum, class_index, image_pixels,
+            bias, temb, residual, pixels, out, out_quantization, X_BITS, OUT_BITS, OUT_PACKED, ASM,
+        )  # fmt: skip
     else:
         y = scaled(
             acc, rows, at_columns, inside, N, quantization, weight_scale, weight_sum, class_index, image_pixels, X_BITS
         )
-        if x2 is not None:
-            acc2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-            acc2 = convolved(
-                x2, weight2 + wrapped * (K_PADDED2 if BITS2 == 8 else K_PADDED2 // 2), acc2, image, top, left,
-                0, tl.cdiv(R * S * C2, BLOCK_K), H, W, C2, dilation_h, dilation_w, K_PADDED2,
-                R, S, UPSAMPLE, BITS2, X_BITS2, FLOATING, ALIGNED2, BLOCK_K, ASM,
-            )  # fmt: skip
-            y += scaled(
-                acc2, rows, at_columns, inside, N, quantization2, weight_scale2, weight_sum2, class_index2,
-                image_pixels, X_BITS2,
-            )  # fmt: skip
+        acc2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+        acc2 = convolved(
+            x2, weight2 + wrapped * (K_PADDED2 if BITS2 == 8 else K_PADDED2 // 2), acc2, image, top, left,
+            0, tl.cdiv(R * S * C2, BLOCK_K), H, W, C2, dilation_h, dilation_w, K_PADDED2,
+            R, S, UPSAMPLE, BITS2, X_BITS2, FLOATING, ALIGNED2, BLOCK_K, ASM,
+        )  # fmt: skip
+        y += scaled(
+            acc2, rows, at_columns, inside, N, quantization2, weight_scale2, weight_sum2, class_index2, image_pixels,
+            X_BITS2,
+        )  # fmt: skip
         y = with_terms(y, rows, at_columns, inside, N, bias, temb, residual, pixels)
         stored(y, rows, in_range, tile_n * BLOCK_N, N, out, out_quantization, OUT_BITS, OUT_PACKED, ASM)
 
@@ -204,11 +213,24 @@ def int_conv2d(
     )
     if not out.numel():
         return out
+    if _is_gemm(segments, geometry):
+        x, weight, quantization = segments[0]
+        rows, term = x.permute(0, 2, 3, 1), None if residual is None else residual.permute(0, 2, 3, 1)
+        y = int_gemm(
+            rows, weight, quantization, bias, temb=temb, residual=term, out_dtype=out_dtype,
+            out_quantization=out_quantization, out_bits=out_bits, out_packed=out_packed, launch=launch,
+        )  # fmt: skip
+        return y.permute(0, 3, 1, 2)
     images = [s.x.contiguous(memory_format=torch.channels_last) for s in segments]
     channels = [segment.channels for segment in segments]
     (r, s), (stride_h, stride_w), (dilation_h, dilation_w) = geometry.kernel, geometry.stride, geometry.dilation
-    launch = launch or chosen_launch(x, m, n, r * s * channels[0], k_multiple=channels[0])
-    tile, splits = launch if len(segments) == 1 else Launch(paired(launch.tile), 1)
+    alignment = _box_alignment(images[0], segments, geometry)
+    if launch is None:
+        launch = chosen_launch(x, m, n, r * s * channels[0], k_multiple=channels[0], alignment=alignment)
+    if launch.descriptors and (alignment % DESCRIPTOR_ALIGNMENT or not alignment or channels[0] % launch.tile.block_k):
+        needed = "one integer segment, strides of 1, and whole blocks of channels"
+        raise ValueError(f"descriptors need {needed}, got {channels} channels, {geometry}, {launch.tile}")
+    tile, splits = launch[:2] if len(segments) == 1 else (paired(launch.tile), 1)
     tile = tile._replace(block_n=max(tile.block_n, BLOCK)) if out_packed else tile
     splits = min(splits, triton.cdiv(r * s * channels[0], tile.block_k))
     accumulator = torch.float32 if segments[0].quantization is None else torch.int32
@@ -220,27 +242,56 @@ def int_conv2d(
     first, second = segments[0], (segments[1] if len(segments) == 2 else None)
     has_classes = [class_index if len(segment.weight.sums) > 1 else None for segment in segments]
     padded = [s.weight.values.shape[1] * (1 if s.weight.bits == 8 else 2) for s in segments]
-    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), splits)
-    _int_conv2d_kernel[grid](
-        images[0], first.weight.values, first.weight.scale, first.weight.sums, has_classes[0], first.quantization,
-        *((None,) * 6 if second is None else (
-            images[1], second.weight.values, second.weight.scale, second.weight.sums, has_classes[1],
-            second.quantization,
-        )),
-        bias, temb, residual, out, out_quantization, workspace, m, n, height, width, channels[0], channels[-1],
-        padded[0], padded[-1], out_width, pixels, image_pixels, stride_h, stride_w, geometry.padding[0],
-        geometry.padding[2], dilation_h, dilation_w, R=r, S=s, UPSAMPLE=geometry.upsample, BITS=first.weight.bits,
-        BITS2=(second or first).weight.bits, X_BITS=x_bits(images[0]), X_BITS2=x_bits(images[-1]), OUT_BITS=out_bits,
-        OUT_PACKED=out_packed, ALIGNED=channels[0] % tile.block_k == 0,
-        ALIGNED2=channels[-1] % tile.block_k == 0, SPLITS=splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k, GROUP_M=GROUP_M, ASM=ASSEMBLY, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    wide = is_wide(*images, *(s.weight.values for s in segments), residual, out, workspace)
+    blocks_n = triton.cdiv(n, tile.block_n)
+    if launch.descriptors:
+        box = box_of(tile.block_m, batch, out_height, out_width)
+        operands = described_image(images[0], first.weight.values, box, tile, x_bits(images[0]), first.weight.bits)
+        _int_conv2d_box_kernel[tiles_of_boxes(box, batch, out_height, out_width) * blocks_n, splits](
+            *operands, first.weight.scale, first.weight.sums, has_classes[0], first.quantization, bias, temb, residual,
+            out, out_quantization, workspace, batch, n, channels[0], out_height, out_width, pixels,
+            geometry.padding[0], geometry.padding[2], dilation_h, dilation_w, R=r, S=s, BITS=first.weight.bits,
+            X_BITS=x_bits(images[0]), OUT_BITS=out_bits, OUT_PACKED=out_packed, SPLITS=splits, WIDE=wide,
+            BOX_I=box.images, BOX_H=box.rows, BOX_W=box.columns, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            GROUP_M=GROUP_M, ASM=ASSEMBLY, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    else:
+        _int_conv2d_kernel[triton.cdiv(m, tile.block_m) * blocks_n, splits](
+            images[0], first.weight.values, first.weight.scale, first.weight.sums, has_classes[0], first.quantization,
+            *((None,) * 6 if second is None else (
+                images[1], second.weight.values, second.weight.scale, second.weight.sums, has_classes[1],
+                second.quantization,
+            )),
+            bias, temb, residual, out, out_quantization, workspace, m, n, height, width, channels[0], channels[-1],
+            padded[0], padded[-1], out_width, pixels, image_pixels, stride_h, stride_w, geometry.padding[0],
+            geometry.padding[2], dilation_h, dilation_w, R=r, S=s, UPSAMPLE=geometry.upsample,
+            BITS=first.weight.bits, BITS2=(second or first).weight.bits, X_BITS=x_bits(images[0]),
+            X_BITS2=x_bits(images[-1]), OUT_BITS=out_bits, OUT_PACKED=out_packed,
+            ALIGNED=channels[0] % tile.block_k == 0, ALIGNED2=channels[-1] % tile.block_k == 0, SPLITS=splits,
+            WIDE=wide, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=GROUP_M,
+            ASM=ASSEMBLY, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     if workspace is not None:
         reduced(
             workspace, first.weight, has_classes[0], first.quantization, bias, temb, residual, out, out_quantization,
             out_bits, out_packed, image_pixels, pixels, x_bits(images[0]),
         )  # fmt: skip
     return out
+
+
+def _is_gemm(segments: Sequence[Segment], geometry: Geometry) -> bool:
+    """Whether every output pixel reads just its own input pixel: `int_gemm` then has neither taps nor borders."""
+    return len(segments) == 1 and geometry._replace(dilation=(1, 1)) == Geometry((1, 1))
+
+
+def _box_alignment(image: Tensor, segments: Sequence[Segment], geometry: Geometry) -> int:
+    """Bytes that divide the address of every pixel and row of weights; 1 where no box of pixels fits, 0 for floats."""
+    if segments[0].quantization is None:
+        return 0
+    if len(segments) > 1 or geometry.stride != (1, 1) or geometry.upsample > 1 or segments[0].channels % BLOCK:
+        return 1
+    weight = segments[0].weight.values
+    return math.gcd(image.data_ptr(), image.shape[1], weight.data_ptr(), weight.stride(0))
 
 
 def _check(

@@ -6,16 +6,19 @@ unpack them. With GEGLU the weight's first half makes values and its second gate
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .accumulate import product, tile_of
+from .accumulate import descriptor_product, offsets, product, tile_of
 from .arithmetic import ASSEMBLY, gelu
-from .epilogue import _reduce_kernel, scaled, stored, with_terms
+from .epilogue import _reduce_kernel, finished, scaled, stored
 from .packing import BLOCK, KernelWeight, packed_width
-from .tiles import GROUP_M, INTERPRETED, Launch, architecture, choose, paired
+from .tiles import DESCRIPTOR_ALIGNMENT, GROUP_M, INTERPRETED, Launch, Tile, architecture, choose, paired
 
 
 @triton.jit
@@ -44,6 +47,8 @@ def _int_gemm_kernel(
     GEGLU: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -56,28 +61,44 @@ def _int_gemm_kernel(
     split = tl.program_id(1)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # indices past the end wrap around: their results are not stored, and nothing needs a mask
-    x_rows = x + (rows % M).to(tl.int64)[:, None] * stride_xm
-    weight_bytes = K_PADDED if BITS == 8 else K_PADDED // 2
-    weight_rows = weight + (columns % N).to(tl.int64)[:, None] * weight_bytes
     blocks = tl.cdiv(K, BLOCK_K)
     first = split * blocks // SPLITS
     last = (split + 1) * blocks // SPLITS
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    acc = product(x_rows, weight_rows, acc, first, last, K, K_PADDED, BITS, X_BITS, FLOATING, EVEN_K, BLOCK_K, ASM)
-    at_rows = rows[:, None]
+    if DESCRIPTORS:
+        acc = descriptor_product(
+            x, weight, tile_m * BLOCK_M, tile_n * BLOCK_N, acc, first, last, BITS, X_BITS, BLOCK_K, ASM
+        )
+    else:
+        # indices past the end wrap around: their results are not stored, and nothing needs a mask
+        x_rows = x + offsets(rows % M, WIDE)[:, None] * stride_xm
+        weight_bytes = K_PADDED if BITS == 8 else K_PADDED // 2
+        weight_rows = weight + offsets(columns % N, WIDE)[:, None] * weight_bytes
+        acc = product(
+            x_rows, weight_rows, acc, first, last, K, K_PADDED, BITS, X_BITS, FLOATING, EVEN_K, BLOCK_K, ASM
+        )  # fmt: skip
+    at_rows = offsets(rows, WIDE)[:, None]
     at_columns = columns[None, :]
     in_range = at_rows < M
     inside = in_range & (at_columns < N)
     if SPLITS > 1:
-        tl.store(workspace + (split.to(tl.int64) * M + at_rows) * N + at_columns, acc, mask=inside)
+        tl.store(workspace + (split * M + at_rows) * N + at_columns, acc, mask=inside)
     else:
         at_rows = tl.where(in_range, at_rows, 0)
-        y = scaled(acc, at_rows, at_columns, inside, N, quantization, weight_scale, weight_sum, None, pixels, X_BITS)
         if GEGLU:
+            y = scaled(
+                acc, at_rows, at_columns, inside, N, quantization, weight_scale, weight_sum, None, pixels, X_BITS
+            )
             gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-            gates = weight + (columns % N + N).to(tl.int64)[:, None] * weight_bytes
-            gate = product(x_rows, gates, gate, first, last, K, K_PADDED, BITS, X_BITS, FLOATING, EVEN_K, BLOCK_K, ASM)
+            if DESCRIPTORS:
+                gate = descriptor_product(
+                    x, weight, tile_m * BLOCK_M, N + tile_n * BLOCK_N, gate, first, last, BITS, X_BITS, BLOCK_K, ASM
+                )
+            else:
+                gates = weight + offsets(columns % N + N, WIDE)[:, None] * weight_bytes
+                gate = product(
+                    x_rows, gates, gate, first, last, K, K_PADDED, BITS, X_BITS, FLOATING, EVEN_K, BLOCK_K, ASM
+                )
             g = scaled(
                 gate, at_rows, at_columns, inside, N, quantization, weight_scale + N, weight_sum + N, None, pixels,
                 X_BITS,
@@ -86,11 +107,12 @@ def _int_gemm_kernel(
                 y += tl.load(bias + at_columns, mask=at_columns < N, other=0.0).to(tl.float32)
                 g += tl.load(bias + N + at_columns, mask=at_columns < N, other=0.0).to(tl.float32)
             y *= gelu(g)
+            stored(y, at_rows, in_range, tile_n * BLOCK_N, N, out, out_quantization, OUT_BITS, OUT_PACKED, ASM)
         else:
-            y = with_terms(y, at_rows, at_columns, inside, N, bias, temb, residual, pixels)
-        stored(
-            y, at_rows, in_range, tile_n * BLOCK_N, N, out, out_quantization, OUT_BITS, OUT_PACKED, ASM
-        )  # fmt: skip
+            finished(
+                acc, at_rows, in_range, tile_n * BLOCK_N, N, quantization, weight_scale, weight_sum, None, pixels, bias,
+                temb, residual, pixels, out, out_quantization, X_BITS, OUT_BITS, OUT_PACKED, ASM,
+            )  # fmt: skip
 
 
 def int_gemm(
@@ -120,7 +142,7 @@ def int_gemm(
         out_dtype: float16, bfloat16 or float32.
         out_quantization: float32 [3], quantises y to ``out_bits`` bits (int8) instead; with ``out_packed`` to 4 packed
             ones, uint8 [..., packed_width(N)].
-        launch: tile and splits; chosen from `tiles` by default.
+        launch: tile, splits and how operands are read; chosen from `tiles` by default.
     """
     k, width = weight.k, x.shape[-1]
     n = len(weight.scale) // 2 if geglu else len(weight.scale)
@@ -130,8 +152,9 @@ def int_gemm(
     matrix = x.reshape(m, width) if x.stride(-1) == 1 else x.contiguous().reshape(m, width)
     out = torch.empty((m, out_width), dtype=dtype, device=x.device)
     if out.numel():
-        launch = launch or chosen_launch(x, m, n, k)
-        tile, splits = launch if not geglu else Launch(paired(launch.tile), 1)
+        alignment = row_alignment(matrix, weight.values)
+        launch = launch or chosen_launch(x, m, n, k, alignment=alignment)
+        tile, splits = (paired(launch.tile), 1) if geglu else launch[:2]
         tile = tile._replace(block_n=max(tile.block_n, BLOCK)) if out_packed else tile
         splits = min(splits, triton.cdiv(k, tile.block_k))
         accumulator = torch.int32 if quantization is not None else torch.float32
@@ -140,13 +163,17 @@ def int_gemm(
         pixels = m if temb is None else m // len(temb)
         bias, temb = (term if term is None else term.contiguous() for term in (bias, temb))
         residual = residual if residual is None else residual.reshape(m, n).contiguous()
+        operands = (matrix, weight.values)
+        if launch.descriptors:
+            operands = described(matrix, weight.values, tile, x_bits(x), weight.bits)
         grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), splits)
         _int_gemm_kernel[grid](
-            matrix, weight.values, weight.scale, weight.sums, quantization, bias, temb, residual, out,
+            *operands, weight.scale, weight.sums, quantization, bias, temb, residual, out,
             out_quantization, workspace, m, n, k, padded, matrix.stride(0), pixels, BITS=weight.bits,
             X_BITS=x_bits(x), OUT_BITS=out_bits, OUT_PACKED=out_packed, GEGLU=geglu, EVEN_K=k % tile.block_k == 0,
-            SPLITS=splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=GROUP_M,
-            ASM=ASSEMBLY, num_warps=tile.warps, num_stages=tile.stages,
+            SPLITS=splits, DESCRIPTORS=launch.descriptors,
+            WIDE=is_wide(matrix, weight.values, residual, out, workspace), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k, GROUP_M=GROUP_M, ASM=ASSEMBLY, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if workspace is not None:
             reduced(
@@ -154,6 +181,39 @@ def int_gemm(
                 out_packed, m, pixels, x_bits(x),
             )  # fmt: skip
     return out.reshape(*x.shape[:-1], out_width)
+
+
+def row_alignment(x: Tensor, weight: Tensor) -> int:
+    """Bytes that divide the address of every row of integer activations and of the weight; 0 for floating ones."""
+    if x.is_floating_point():
+        return 0
+    return math.gcd(x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0))
+
+
+def described(
+    x: Tensor, weight: Tensor, tile: Tile, x_bits: int, bits: int
+) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Descriptors of both operands, through which a program reads blocks of a tile.
+
+    Raises:
+        ValueError: the activations are floating, or rows not aligned as descriptors need them.
+    """
+    alignment = row_alignment(x, weight)
+    if not alignment or alignment % DESCRIPTOR_ALIGNMENT:
+        wanted = f"integer rows aligned to {DESCRIPTOR_ALIGNMENT} bytes"
+        raise ValueError(f"descriptors need {wanted}, got {x.dtype} {list(x.shape)} strided {x.stride()}")
+    return (
+        TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k * x_bits // 8]),
+        TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k * bits // 8]),
+    )
+
+
+def is_wide(*tensors: Tensor | None) -> bool:
+    """Whether an offset into one of the tensors needs 64 bits."""
+    return any(
+        t is not None and sum((size - 1) * abs(step) for size, step in zip(t.shape, t.stride(), strict=True)) >= 1 << 31
+        for t in tensors
+    )
 
 
 def x_bits(x: Tensor) -> int:
@@ -172,13 +232,13 @@ def output_form(
     return n, torch.int8 if out_quantization is not None else out_dtype
 
 
-def chosen_launch(x: Tensor, m: int, n: int, k: int, k_multiple: int = 0) -> Launch:
+def chosen_launch(x: Tensor, m: int, n: int, k: int, *, k_multiple: int = 0, alignment: int = 0) -> Launch:
     """The tile table's choice for the device of ``x``; a small tile in the interpreter."""
     if not ASSEMBLY:
         return Launch(INTERPRETED, 1)
     device = torch.cuda.get_device_properties(x.device)
     arch = architecture((device.major, device.minor))
-    return choose(arch, m, n, k, device.multi_processor_count, k_multiple=k_multiple)
+    return choose(arch, m, n, k, device.multi_processor_count, k_multiple=k_multiple, alignment=alignment)
 
 
 def reduced(
@@ -206,7 +266,8 @@ def reduced(
     grid = (triton.cdiv(m, 32), triton.cdiv(n, 64))
     _reduce_kernel[grid](
         workspace, weight.scale, weight.sums, class_index, quantization, bias, temb, residual, out, out_quantization,
-        m, n, image_pixels, pixels, SPLITS=splits, X_BITS=bits, OUT_BITS=out_bits, OUT_PACKED=out_packed, BLOCK_M=32,
+        m, n, image_pixels, pixels, SPLITS=splits, X_BITS=bits, OUT_BITS=out_bits, OUT_PACKED=out_packed,
+        WIDE=is_wide(out, residual, workspace), BLOCK_M=32,
         BLOCK_N=64, ASM=ASSEMBLY,
     )  # fmt: skip
 

@@ -29,17 +29,32 @@ TILES = {
     100: (Tile(128, 64, 128, 8, 4), Tile(64, 64, 128, 4, 4)),
     120: (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 8, 3)),
 }
+# beside them, larger ones: floating activations would need more shared memory than there is
+INTEGER_TILES = {90: (Tile(128, 256, 128, 8, 4),)}
+# The same for operands that the tensor memory accelerator copies: no thread computes an address.
+DESCRIPTOR_TILES = {
+    90: (
+        Tile(128, 256, 128, 8, 4),
+        Tile(128, 128, 128, 8, 4),
+        Tile(64, 128, 128, 4, 4),
+        Tile(64, 64, 128, 4, 4),
+    ),
+    100: (Tile(128, 128, 128, 8, 4), Tile(128, 64, 128, 8, 4), Tile(64, 64, 128, 4, 4)),
+    120: (Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 4, 3), Tile(64, 64, 128, 4, 3)),
+}
 NARROW = Tile(128, 16, 64, 4, 4)  # outputs of at most 16 channels: the last convolution
 INTERPRETED = Tile(128, 128, 256, 1, 1)  # the interpreter's time goes by programs and blocks, not by elements
 GROUP_M = 8  # tiles of neighbouring rows that run together and share the weights in the L2 cache
+DESCRIPTOR_ALIGNMENT = 16  # bytes, of addresses and strides
 _MAX_SPLITS = 16
 
 
 class Launch(NamedTuple):
-    """A tile, and in how many parts the K axis is cut."""
+    """A tile, in how many parts the K axis is cut, and whether tensor descriptors or pointers read the operands."""
 
     tile: Tile
     splits: int
+    descriptors: bool = False
 
 
 def architecture(capability: tuple[int, int]) -> int:
@@ -55,7 +70,9 @@ def architecture(capability: tuple[int, int]) -> int:
     return max(served)
 
 
-def choose(arch: int, m: int, n: int, k: int, multiprocessors: int | None = None, *, k_multiple: int = 0) -> Launch:
+def choose(
+    arch: int, m: int, n: int, k: int, multiprocessors: int | None = None, *, k_multiple: int = 0, alignment: int = 0
+) -> Launch:
     """The launch of an [m, k] x [k, n] product on an architecture of `TILES`.
 
     The largest tile that fills three quarters of the multiprocessors; if none does, the smallest, with K cut into parts
@@ -65,11 +82,15 @@ def choose(arch: int, m: int, n: int, k: int, multiprocessors: int | None = None
     Args:
         arch: a key of `TILES`.
         multiprocessors: of the GPU at hand; the largest part of the architecture by default.
+        alignment: of every row of integer operands in bytes, 1 where only pointers can read them; 0 for floating ones.
+            Descriptors read rows aligned to 16 bytes, on the architectures that have them.
     """
     units = multiprocessors or MULTIPROCESSORS[arch]
-    candidates = (
-        (NARROW,) if n <= 16 else tuple(tile for tile in TILES[arch] if tile.block_n <= max(64, _ceil_power(n)))
-    )
+    descriptors = arch in DESCRIPTOR_TILES and alignment > 0 and alignment % DESCRIPTOR_ALIGNMENT == 0 and n > 16
+    table = DESCRIPTOR_TILES[arch] if descriptors else TILES[arch]
+    if alignment and not descriptors:
+        table = INTEGER_TILES.get(arch, ()) + table
+    candidates = (NARROW,) if n <= 16 else tuple(tile for tile in table if tile.block_n <= max(64, _ceil_power(n)))
     tile = candidates[-1]
     for candidate in candidates:
         if 4 * _tiles(m, n, candidate) >= 3 * units:
@@ -81,7 +102,7 @@ def choose(arch: int, m: int, n: int, k: int, multiprocessors: int | None = None
     splits = 1
     while splits < _MAX_SPLITS and 2 * splits * _tiles(m, n, tile) <= units and blocks // (2 * splits) >= 4:
         splits *= 2
-    return Launch(tile, splits)
+    return Launch(tile, splits, descriptors)
 
 
 def paired(tile: Tile) -> Tile:

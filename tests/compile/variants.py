@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import triton
 from compiler import Variant
 from qdiff_kernels.group_statistics import MERGED_BLOCKS
-from qdiff_kernels.tiles import NARROW, TILES, Tile, paired
+from qdiff_kernels.int_conv2d_box import Box, box_of
+from qdiff_kernels.tiles import DESCRIPTOR_TILES, INTEGER_TILES, NARROW, TILES, Tile, paired
 
 _MATRICES = dict.fromkeys(("weight_scale", "quantization", "bias"), "*fp32") | {
     "x": "*i8", "weight": "*i8", "weight_sum": "*i32", "residual": "*fp16", "out": "*fp16",
@@ -53,7 +54,7 @@ def _blocks(tile: Tile, bits: int, x_bits: int, splits: int) -> dict[str, int | 
 
 def gemm(
     name: str, arch: int, tile: Tile, bits: int = 8, x_bits: int = 8, floating: bool = False, geglu: bool = False,
-    splits: int = 1,
+    splits: int = 1, descriptors: bool = False, wide: bool = False,
 ) -> Variant:  # fmt: skip
     """A launch of `int_gemm`; with GEGLU its result is quantised, as the next product wants it."""
     types = _types({**_MATRICES, "K": "i32", "stride_xm": "i32"}, bits, x_bits, floating, splits)
@@ -61,7 +62,16 @@ def gemm(
         del types["residual"]
         types |= {"out": "*i8" if x_bits == 8 else "*u8", "out_quantization": "*fp32"}
         tile = paired(tile)
-    constants = {**_blocks(tile, bits, x_bits, splits), "GEGLU": geglu, "EVEN_K": True}
+    if descriptors:
+        for argument, rows, width in (("x", tile.block_m, x_bits), ("weight", tile.block_n, bits)):
+            types[argument] = f"tensordesc<{types[argument][1:]}[{rows},{tile.block_k * width // 8}]>"
+    constants = {
+        **_blocks(tile, bits, x_bits, splits),
+        "GEGLU": geglu,
+        "EVEN_K": True,
+        "DESCRIPTORS": descriptors,
+        "WIDE": wide,
+    }
     return Variant(
         f"int_gemm-{name}-{tile.block_m}x{tile.block_n}x{tile.block_k}", "qdiff_kernels.int_gemm:_int_gemm_kernel",
         arch, types, constants, ("N", "K", "K_PADDED", "stride_xm"), tile.warps, tile.stages,
@@ -71,7 +81,7 @@ def gemm(
 
 def conv(
     name: str, arch: int, tile: Tile, bits: int = 8, x_bits: int = 8, floating: bool = False, kernel: int = 3,
-    two: bool = False, splits: int = 1, aligned: bool = True, upsample: int = 1,
+    two: bool = False, splits: int = 1, aligned: bool = True, upsample: int = 1, wide: bool = False,
 ) -> Variant:  # fmt: skip
     """A launch of `int_conv2d`, padded: with border classes."""
     types = _types({**_MATRICES, **_PIXELS, "class_index": "*i32"}, bits, x_bits, floating, splits)
@@ -80,13 +90,37 @@ def conv(
         tile = paired(tile)
     constants = {
         **_blocks(tile, bits, x_bits, splits), "R": kernel, "S": kernel, "UPSAMPLE": upsample, "BITS2": bits,
-        "X_BITS2": x_bits, "ALIGNED": aligned, "ALIGNED2": aligned,
+        "X_BITS2": x_bits, "WIDE": wide, "ALIGNED": aligned, "ALIGNED2": aligned,
     }  # fmt: skip
     divisible = ("N", "C", "C2", "K_PADDED", "K_PADDED2") if aligned else ("N", "K_PADDED")
     return Variant(
         f"int_conv2d-{name}-{tile.block_m}x{tile.block_n}x{tile.block_k}",
         "qdiff_kernels.int_conv2d:_int_conv2d_kernel", arch, types, constants, divisible, tile.warps, tile.stages,
         matrix_instruction(arch, floating),
+    )  # fmt: skip
+
+
+def box(
+    name: str, arch: int, tile: Tile, bits: int = 8, x_bits: int = 8, kernel: int = 3, splits: int = 1,
+    shape: Box | None = None,
+) -> Variant:  # fmt: skip
+    """A launch of `int_conv2d` that reads its padded image through a descriptor."""
+    types = _types({**_MATRICES, "class_index": "*i32"}, bits, x_bits, False, splits)
+    types |= dict.fromkeys(("images", "C", "out_h", "out_w", "pad_top", "pad_left", "dilation_h", "dilation_w"), "i32")
+    shape = shape or box_of(tile.block_m, 2, 64, 64)
+    if x_bits == 4:
+        types |= {"out": "*u8", "out_quantization": "*fp32"}
+    for argument, block, width in (("x", shape, x_bits), ("weight", (tile.block_n,), bits)):
+        sizes = ",".join(map(str, (*block, tile.block_k * width // 8)))
+        types[argument] = f"tensordesc<{types[argument][1:]}[{sizes}]>"
+    constants = {
+        **_blocks(tile, bits, x_bits, splits), "R": kernel, "S": kernel, "WIDE": False, "BOX_I": shape.images,
+        "BOX_H": shape.rows, "BOX_W": shape.columns,
+    }  # fmt: skip
+    return Variant(
+        f"int_conv2d_box-{name}-{tile.block_m}x{tile.block_n}x{tile.block_k}",
+        "qdiff_kernels.int_conv2d_box:_int_conv2d_box_kernel", arch, types, constants, ("N", "C"), tile.warps,
+        tile.stages, matrix_instruction(arch, False),
     )  # fmt: skip
 
 
@@ -100,7 +134,25 @@ def products() -> Iterator[Variant]:
             yield conv("w4a8", arch, tile, bits=4)
             yield gemm("w4a4-packed", arch, tile, bits=4, x_bits=4)
             yield conv("w4a4-packed", arch, tile, bits=4, x_bits=4)
+        for tile in INTEGER_TILES.get(arch, ()):
+            for product in (gemm, conv):
+                for bits in (8, 4):
+                    yield product(f"w{bits}a8-large", arch, tile, bits=bits)
+                    yield product(f"w{bits}a4-large", arch, tile, bits=bits, x_bits=4)
+        for tile in DESCRIPTOR_TILES.get(arch, ()):
+            for bits in (8, 4):
+                yield gemm(f"w{bits}a8-descriptors", arch, tile, bits=bits, descriptors=True)
+                yield gemm(f"w{bits}a4-descriptors", arch, tile, bits=bits, x_bits=4, descriptors=True)
+                yield box(f"w{bits}a8", arch, tile, bits=bits)
+                yield box(f"w{bits}a4", arch, tile, bits=bits, x_bits=4)
+            yield box("64-channels", arch, tile._replace(block_k=64))
+            yield box("small-images", arch, tile, shape=box_of(tile.block_m, 64, 4, 4))
+            yield box("split", arch, tile, splits=4)
+            yield gemm("geglu-descriptors", arch, tile, geglu=True, descriptors=True)
+            yield gemm("split-descriptors", arch, tile, splits=4, descriptors=True)
         tile = tiles[0]
+        yield gemm("wide", arch, tile, wide=True)
+        yield conv("wide", arch, tile, wide=True)
         yield gemm("w8a16", arch, tile, floating=True)
         yield gemm("w4a16", arch, tile, bits=4, floating=True)
         yield gemm("w8a4-packed", arch, tile, x_bits=4)
@@ -126,7 +178,7 @@ def products() -> Iterator[Variant]:
                 {**sizes, "workspace": "*i32", "weight_scale": "*fp32", "weight_sum": "*i32", "quantization": "*fp32",
                  "bias": "*fp32", "residual": "*fp16", "out": "*fp16", "N": "i32", "image_pixels": "i32",
                  "pixels": "i32"},
-                {"M": rows, "SPLITS": 4, "X_BITS": 8, "OUT_BITS": 8, "OUT_PACKED": False, "BLOCK_M": 32,
+                {"M": rows, "SPLITS": 4, "X_BITS": 8, "OUT_BITS": 8, "OUT_PACKED": False, "WIDE": False, "BLOCK_M": 32,
                  "BLOCK_N": 64, "ASM": True}, ("N",),
             )  # fmt: skip
 
