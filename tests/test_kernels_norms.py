@@ -16,11 +16,13 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from qdiff_kernels.denoise_step import denoise_step
-from qdiff_kernels.group_statistics import MAX_CHUNKS, merged_block, tiles_of
+from qdiff_kernels.group_statistics import MAX_CHUNKS, affine_of, merged_block, statistics_for, tiles_of
 from qdiff_kernels.groupnorm_silu_quantize import groupnorm_silu_quantize, tiles_per_program
+from qdiff_kernels.int_conv2d import Geometry, Segment, int_conv2d
 from qdiff_kernels.layernorm_quantize import block_of_rows, layernorm_quantize
-from qdiff_kernels.packing import packed_width, unpack_rows
+from qdiff_kernels.packing import pack, packed_width, unpack_rows
 from qdiff_kernels.quantize import ACTIVATIONS, block_shape, quantize
+from qdiff_kernels.tiles import Launch, Tile
 
 from qdiff_engine import numerics, reference
 
@@ -260,6 +262,51 @@ def test_groupnorm_of_a_constant_image_is_its_bias() -> None:
     assert torch.equal(y.cpu(), bias[:, None, None].expand(2, 8, 9, 9))
 
 
+@pytest.mark.parametrize("case", ["3x3", "boxes", "small images in boxes", "in parts", "two segments", "1x1"])
+def test_groupnorm_takes_its_statistics_from_the_convolution_before(case: str) -> None:
+    """The same affine map as from a second pass over the convolution's output, to float32's last digits."""
+    size = {"small images in boxes": (4, 4), "3x3": (6, 8)}.get(case, (8, 16))
+    kernel, dtype = {"1x1": ((1, 1), torch.float32)}.get(case, ((3, 1), torch.float16))
+    pixels, n, tile = size[0] * size[1], 24, Tile(64, 32, 64, 4, 1)
+    launch = Launch(tile, 2 if case == "in parts" else 1, "boxes" in case)
+    geometry = Geometry(kernel, padding=(0, 0, 0, 0) if case == "1x1" else (1, 1, 0, 0))
+    segments = []
+    for _ in range(2 if case == "two segments" else 1):
+        image = torch.randint(-128, 128, (3, 64, *size), dtype=torch.int8).contiguous(memory_format=CHANNELS_LAST)
+        weight = torch.randint(-127, 128, (n, 64 * kernel[0] * kernel[1]), dtype=torch.int8)
+        packed = pack(weight, torch.rand(n) * 1e-3 + 1e-4, 8)
+        packed = packed._replace(**{k: getattr(packed, k).to(DEVICE) for k in ("values", "scale", "sums")})
+        segments.append(Segment(image.to(DEVICE), packed, quantization(0.04, 3)))
+    given = (segments, geometry, None, (torch.randn(n) * 30).to(DEVICE))
+    statistics = statistics_for(3, n, pixels, torch.device(DEVICE))
+    assert statistics is not None and statistics.shape == (3, pixels // min(pixels & -pixels, 64), 2, n)
+    y = int_conv2d(*given, out_dtype=dtype, launch=launch, statistics=statistics)
+    assert torch.equal(y, int_conv2d(*given, out_dtype=dtype, launch=launch))
+    rows, terms = y.movedim(1, -1).reshape(3, pixels, n), (8, None, None, 1e-5, None, None, None)
+    maps = [affine_of(rows, None, *terms, statistics=given).double() for given in (statistics, None)]
+    assert torch.allclose(*maps, rtol=2e-6, atol=2e-6 * float(maps[1].abs().max()))
+    exact = reference.groupnorm_silu_quantize(y.cpu(), 8, None, None, 1e-5, None, 0, 8)
+    z = groupnorm_silu_quantize(y, 8, None, None, 1e-5, None, statistics=statistics)
+    assert_as_close_as_torch(z, plain_groupnorm(y.cpu(), 8, None, None, 1e-5), exact)
+
+
+def test_statistics_of_a_skip_concatenation_are_joined() -> None:
+    x, x2 = torch.randn(2, 32, 4, 8).to(DEVICE), (torch.randn(2, 16, 4, 8) + 2).to(DEVICE)
+    parts = []
+    for part in (x, x2):
+        chunks = part.movedim(1, -1).reshape(2, 1, 32, -1).double()
+        mean = chunks.mean(2)
+        parts.append(torch.stack((mean, ((chunks - mean[:, :, None]) ** 2).sum(2)), 2).float())
+    statistics = torch.cat(parts, -1)
+    assert statistics.shape == statistics_for(2, 48, 32, torch.device(DEVICE)).shape
+    given: dict[str, Any] = {"x2": x2, "pre_add": torch.randn(2, 48).to(DEVICE)}
+    y, expected = (
+        groupnorm_silu_quantize(x, 4, None, None, 1e-5, None, statistics=s, **given) for s in (statistics, None)
+    )
+    assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5)
+    assert statistics_for(1, 1, 5 * 7 * 8, torch.device(DEVICE)) is None
+
+
 # ---- layernorm_quantize
 
 
@@ -477,6 +524,11 @@ WRONG: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, "bits must be 4 or 8, got 5", lambda: quantize(X, TABLE, 5)),
     (TypeError, "quantization must be float32.*got torch.float64", lambda: quantize(X, TABLE.double(), 8)),
     (ValueError, r"quantization must be dense \[3\], got \[2\]", lambda: quantize(X, TABLE[:2], 8)),
+    (
+        ValueError,
+        r"statistics must be dense float32 \[1, chunks, 2, 2\].*dividing 12 pixels, got torch.float32 \[1, 5, 2, 2\]",
+        lambda: groupnorm_silu_quantize(X, 1, None, None, 1e-5, TABLE, statistics=torch.ones(1, 5, 2, 2)),
+    ),
     (ValueError, "packed needs a quantization with bits=4, got 8", lambda: quantize(X, TABLE, 8, packed=True)),
     (ValueError, "packed needs.*got none", lambda: layernorm_quantize(X, None, None, 0.1, None, 4, packed=True)),
     (

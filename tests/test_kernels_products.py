@@ -438,6 +438,18 @@ def test_int4_weights_stay_packed() -> None:
             ValueError,
             r"descriptors need one integer segment.*got \[33\] channels",
         ),  # fmt: skip
+        (
+            lambda w, q: int_gemm(torch.zeros(4, 33, dtype=torch.int8), w, q, statistics=torch.zeros(3, 2, 9)),
+            ValueError,
+            r"statistics must be dense float32 \[chunks, 2, 9\] of 4 rows",
+        ),
+        (
+            lambda w, q: int_gemm(
+                torch.zeros(4, 33, dtype=torch.int8), w, q, out_quantization=q, statistics=torch.zeros(2, 2, 9)
+            ),
+            ValueError,
+            "statistics need a floating output",
+        ),
         (lambda w, q: pack(torch.zeros(2, 3), torch.ones(2), 8), TypeError, "values must be int8"),
         (lambda w, q: pack(torch.full((2, 3), 9, dtype=torch.int8), torch.ones(2), 4), ValueError, r"\[-8, 7\]"),
         (lambda w, q: pack(torch.zeros(2, 3, dtype=torch.int8), torch.ones(2), 3), ValueError, "bits must be 4 or 8"),

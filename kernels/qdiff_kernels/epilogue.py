@@ -53,6 +53,26 @@ def with_terms(y, rows, columns, inside, N, bias, temb, residual, pixels):
 
 
 @triton.jit
+def summarised(y, first_row, first_column, M, N, out, statistics, CHUNK: tl.constexpr):
+    """Writes the mean and the sum of squared deviations of every CHUNK rows of y, as ``out`` will hold it: [M, 2, N].
+
+    The rows from ``first_row`` on, of which CHUNK divides the number: what `group_statistics` would read again.
+    """
+    if statistics is not None:
+        COUNT: tl.constexpr = y.shape[0] // CHUNK
+        value = y.to(out.dtype.element_ty).to(tl.float32).reshape(COUNT, CHUNK, y.shape[1])
+        mean = tl.sum(value, axis=1) / CHUNK
+        deviation = value - tl.expand_dims(mean, 1)
+        squares = tl.sum(deviation * deviation, axis=1)
+        chunk = first_row // CHUNK + tl.arange(0, COUNT)[:, None]
+        column = first_column + tl.arange(0, y.shape[1])[None, :]
+        inside = (chunk * CHUNK < M) & (column < N)
+        to = statistics + chunk * 2 * N + column
+        tl.store(to, mean, mask=inside)
+        tl.store(to + N, squares, mask=inside)
+
+
+@triton.jit
 def stored(
     y, rows, in_range, first_column, N, out, out_quantization, OUT_BITS: tl.constexpr, OUT_PACKED: tl.constexpr,
     ASM: tl.constexpr,
@@ -83,8 +103,8 @@ def stored(
 @triton.jit
 def finished(
     acc, rows, in_range, first_column, N, quantization, weight_scale, weight_sum, class_index, image_pixels, bias, temb,
-    residual, pixels, out, out_quantization, X_BITS: tl.constexpr, OUT_BITS: tl.constexpr, OUT_PACKED: tl.constexpr,
-    ASM: tl.constexpr,
+    residual, pixels, out, out_quantization, statistics, first_row, M, X_BITS: tl.constexpr, OUT_BITS: tl.constexpr,
+    OUT_PACKED: tl.constexpr, CHUNK: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Scales a tile's accumulators, adds the terms and stores the result; wide tiles in halves.
 
@@ -95,11 +115,13 @@ def finished(
         left, right = tl.split(acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1))
         finished(
             left, rows, in_range, first_column, N, quantization, weight_scale, weight_sum, class_index, image_pixels,
-            bias, temb, residual, pixels, out, out_quantization, X_BITS, OUT_BITS, OUT_PACKED, ASM,
+            bias, temb, residual, pixels, out, out_quantization, statistics, first_row, M, X_BITS, OUT_BITS, OUT_PACKED,
+            CHUNK, ASM,
         )  # fmt: skip
         finished(
             right, rows, in_range, first_column + HALF, N, quantization, weight_scale, weight_sum, class_index,
-            image_pixels, bias, temb, residual, pixels, out, out_quantization, X_BITS, OUT_BITS, OUT_PACKED, ASM,
+            image_pixels, bias, temb, residual, pixels, out, out_quantization, statistics, first_row, M, X_BITS,
+            OUT_BITS, OUT_PACKED, CHUNK, ASM,
         )  # fmt: skip
     else:
         columns = first_column + tl.arange(0, acc.shape[1])[None, :]
@@ -108,6 +130,7 @@ def finished(
             acc, rows, columns, inside, N, quantization, weight_scale, weight_sum, class_index, image_pixels, X_BITS
         )
         y = with_terms(y, rows, columns, inside, N, bias, temb, residual, pixels)
+        summarised(y, first_row, first_column, M, N, out, statistics, CHUNK)
         stored(y, rows, in_range, first_column, N, out, out_quantization, OUT_BITS, OUT_PACKED, ASM)
 
 
@@ -123,6 +146,7 @@ def _reduce_kernel(
     residual,
     out,
     out_quantization,
+    statistics,
     M,
     N,
     image_pixels,
@@ -131,6 +155,7 @@ def _reduce_kernel(
     X_BITS: tl.constexpr,
     OUT_BITS: tl.constexpr,
     OUT_PACKED: tl.constexpr,
+    CHUNK: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -147,6 +172,7 @@ def _reduce_kernel(
         acc += tl.load(workspace + (split * M + rows) * N + columns, mask=inside, other=0)
     y = scaled(acc, rows, columns, inside, N, quantization, weight_scale, weight_sum, class_index, image_pixels, X_BITS)
     y = with_terms(y, rows, columns, inside, N, bias, temb, residual, pixels)
+    summarised(y, tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, M, N, out, statistics, CHUNK)
     stored(
         y, rows, in_range, tl.program_id(1) * BLOCK_N, N, out, out_quantization, OUT_BITS, OUT_PACKED, ASM
     )  # fmt: skip

@@ -12,7 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .quantize import block_shape
+from .tiles import MAX_CHUNK
 
+MIN_CHUNK = 16  # pixels, of statistics written beside an output
 MAX_CHUNKS = 64  # of one image: what the merging kernel reads is then small beside x
 
 
@@ -176,6 +178,7 @@ def affine_of(
     pre_add: Tensor | None,
     norm_scale: Tensor | None,
     norm_shift: Tensor | None,
+    statistics: Tensor | None = None,
 ) -> Tensor:
     """y = (x + [n, 0, c]) * [n, 1, c] + [n, 2, c] is group_norm(cat(x, x2) + pre_add) * (1 + norm_scale) + norm_shift.
 
@@ -183,6 +186,7 @@ def affine_of(
         x, x2: contiguous [N, pixels, C1] and [N, pixels, C2] (or None), not empty.
         weight, bias: [C], or None.
         pre_add, norm_scale, norm_shift: [N, C] with adjacent channels, or None.
+        statistics: of cat(x, x2), float32 [N, chunks, 2, C] over chunks of equally many pixels; read from x by default.
 
     Returns:
         float32 [N, 3, C].
@@ -190,25 +194,50 @@ def affine_of(
     n, pixels, channels1 = x.shape
     channels2 = 0 if x2 is None else x2.shape[2]
     channels = channels1 + channels2
-    block_p, block_c = block_shape(pixels, *widths(x, x2))
-    tiles = tiles_of(pixels, block_p)
-    chunks = triton.cdiv(pixels, tiles * block_p)
-    statistics = torch.empty((n, chunks, 2, channels), dtype=torch.float32, device=x.device)
-    grid = (sum(triton.cdiv(width, block_c) for width in widths(x, x2)), chunks, n)
-    _statistics_kernel[grid](
-        x, x2, statistics, pixels, channels1, channels2, tiles, BLOCK_P=block_p, BLOCK_C=block_c
-    )  # fmt: skip
+    if statistics is None:
+        statistics, chunk_pixels = _read_statistics(x, x2)
+    else:
+        chunk_pixels = pixels // statistics.shape[1]
+    chunks = statistics.shape[1]
     coefficients = torch.empty((n, 3, channels), dtype=torch.float32, device=x.device)
     block_k, block_c, warps = merged_block(chunks, channels // groups)
     strides = [0 if values is None else values.stride(0) for values in (pre_add, norm_scale, norm_shift)]
     share = 1.0 / (pixels * (channels // groups))
     share_high = torch.tensor(share, dtype=torch.float32).item()
     _coefficients_kernel[(groups, n)](
-        statistics, weight, bias, pre_add, norm_scale, norm_shift, coefficients, pixels, tiles * block_p, chunks,
+        statistics, weight, bias, pre_add, norm_scale, norm_shift, coefficients, pixels, chunk_pixels, chunks,
         channels, channels // groups, *strides, share_high, share - share_high, eps, BLOCK_K=block_k, BLOCK_C=block_c,
         num_warps=warps,
     )  # fmt: skip
     return coefficients
+
+
+def _read_statistics(x: Tensor, x2: Tensor | None) -> tuple[Tensor, int]:
+    """(statistics [N, chunks, 2, C] of cat(x, x2), pixels to a chunk; the last chunk may have fewer)."""
+    n, pixels, channels1 = x.shape
+    channels2 = 0 if x2 is None else x2.shape[2]
+    block_p, block_c = block_shape(pixels, *widths(x, x2))
+    tiles = tiles_of(pixels, block_p)
+    chunks = triton.cdiv(pixels, tiles * block_p)
+    statistics = torch.empty((n, chunks, 2, channels1 + channels2), dtype=torch.float32, device=x.device)
+    grid = (sum(triton.cdiv(width, block_c) for width in widths(x, x2)), chunks, n)
+    _statistics_kernel[grid](
+        x, x2, statistics, pixels, channels1, channels2, tiles, BLOCK_P=block_p, BLOCK_C=block_c
+    )  # fmt: skip
+    return statistics, tiles * block_p
+
+
+def statistics_for(images: int, channels: int, pixels: int, device: torch.device) -> Tensor | None:
+    """Memory for the statistics that `int_conv2d` writes beside its output, or None where it is better to read that.
+
+    A chunk is the largest power of two of pixels that divides an image, at most 64; below 16 there would be too many
+    of them. Chunks depend on the image's size alone, so statistics of a skip concatenation's parts can be joined along
+    their channels.
+    """
+    chunk = min(pixels & -pixels, MAX_CHUNK)
+    if chunk < MIN_CHUNK:
+        return None
+    return torch.empty((images, pixels // chunk, 2, channels), dtype=torch.float32, device=device)
 
 
 def widths(x: Tensor, x2: Tensor | None) -> tuple[int, ...]:

@@ -132,6 +132,7 @@ def groupnorm_silu_quantize(
     padding: Padding = (0, 0, 0, 0),
     out_dtype: torch.dtype | None = None,
     packed: bool = False,
+    statistics: Tensor | None = None,
 ) -> Tensor:
     """q = quantize(silu(group_norm(cat(x, x2) + pre_add) * (1 + norm_scale) + norm_shift)).
 
@@ -170,10 +171,10 @@ def groupnorm_silu_quantize(
     check_placement(x, upsample, padding)
     check_vector("weight", weight, channels, x.device)
     check_vector("bias", bias, channels, x.device)
-    per_sample = [
+    pre_add, norm_scale, norm_shift = (
         _per_sample(name, values, n, channels, x.device)
         for name, values in (("pre_add", pre_add), ("norm_scale", norm_scale), ("norm_shift", norm_shift))
-    ]
+    )
     dtype = result_dtype(x, quantization, bits, out_dtype)
     check_packed(packed, None if quantization is None else bits)
     if packed and (x.shape[1] % BLOCK or channels % BLOCK):
@@ -185,11 +186,14 @@ def groupnorm_silu_quantize(
     shape = (out_height, out_width) if len(spatial) == 2 else spatial
     if not pixels:
         raise ValueError(f"x must have pixels, got {list(x.shape)}")
+    check_statistics(statistics, n, pixels, channels, x.device)
     out = torch.empty((n, *shape, channels // share), dtype=torch.uint8 if packed else dtype, device=x.device)
     if n:
         rows = x.movedim(1, -1).reshape(n, pixels, -1).contiguous()
         rows2 = None if x2 is None else x2.movedim(1, -1).reshape(n, pixels, -1).contiguous()
-        affine = affine_of(rows, rows2, groups, weight, bias, eps, *per_sample)
+        affine = affine_of(
+            rows, rows2, groups, weight, bias, eps, pre_add, norm_scale, norm_shift, statistics
+        )  # fmt: skip
         columns = [width // share for width in widths(rows, rows2)]
         block_p, block_c = block_shape(out_height * out_width, *columns)
         blocks = sum(triton.cdiv(size, block_c) for size in columns)
@@ -200,6 +204,17 @@ def groupnorm_silu_quantize(
             PLACED=upsample > 1 or any(padding), PACKED=packed, BLOCK_P=block_p, BLOCK_C=block_c, ASM=ASSEMBLY,
         )  # fmt: skip
     return out.movedim(-1, 1)
+
+
+def check_statistics(statistics: Tensor | None, n: int, pixels: int, channels: int, device: torch.device) -> None:
+    """Raises ValueError unless statistics is None or dense float32 [n, chunks, 2, channels], chunks dividing pixels."""
+    if statistics is None:
+        return
+    shape = list(statistics.shape)
+    dense = statistics.dtype == torch.float32 and statistics.is_contiguous() and statistics.device == device
+    if not dense or len(shape) != 4 or [n, 2, channels] != [shape[0], *shape[2:]] or not shape[1] or pixels % shape[1]:
+        wanted = f"float32 [{n}, chunks, 2, {channels}] on {device}, chunks dividing {pixels} pixels"
+        raise ValueError(f"statistics must be dense {wanted}, got {statistics.dtype} {shape} on {statistics.device}")
 
 
 def _per_sample(name: str, values: Tensor | None, n: int, channels: int, device: torch.device) -> Tensor | None:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from .accumulate import convolved, offsets, tile_of
 from .arithmetic import ASSEMBLY
-from .epilogue import finished, scaled, stored, with_terms
-from .int_conv2d_box import _int_conv2d_box_kernel, box_of, described_image, tiles_of_boxes
-from .int_gemm import check_activations, chosen_launch, int_gemm, is_wide, output_form, reduced, x_bits
+from .epilogue import finished, scaled, stored, summarised, with_terms
+from .int_conv2d_box import _int_conv2d_box_kernel, box_of, described_image, holds_chunks, tiles_of_boxes
+from .int_gemm import chosen_launch, int_gemm, reduced
+from .operands import check_activations, chunk_of, is_wide, output_form, x_bits
 from .packing import BLOCK, KernelWeight
 from .tiles import DESCRIPTOR_ALIGNMENT, GROUP_M, Launch, paired
 
@@ -82,6 +83,7 @@ def _int_conv2d_kernel(
     residual,
     out,
     out_quantization,
+    statistics,
     workspace,
     M,
     N,
@@ -111,6 +113,7 @@ def _int_conv2d_kernel(
     OUT_PACKED: tl.constexpr,
     ALIGNED: tl.constexpr,
     ALIGNED2: tl.constexpr,
+    CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -150,7 +153,8 @@ def _int_conv2d_kernel(
     elif x2 is None:
         finished(
             acc, rows, in_range, tile_n * BLOCK_N, N, quantization, weight_scale, weight_sum, class_index, image_pixels,
-            bias, temb, residual, pixels, out, out_quantization, X_BITS, OUT_BITS, OUT_PACKED, ASM,
+            bias, temb, residual, pixels, out, out_quantization, statistics, tile_m * BLOCK_M, M, X_BITS, OUT_BITS,
+            OUT_PACKED, CHUNK, ASM,
         )  # fmt: skip
     else:
         y = scaled(
@@ -167,6 +171,7 @@ def _int_conv2d_kernel(
             X_BITS2,
         )  # fmt: skip
         y = with_terms(y, rows, at_columns, inside, N, bias, temb, residual, pixels)
+        summarised(y, tile_m * BLOCK_M, tile_n * BLOCK_N, M, N, out, statistics, CHUNK)
         stored(y, rows, in_range, tile_n * BLOCK_N, N, out, out_quantization, OUT_BITS, OUT_PACKED, ASM)
 
 
@@ -182,6 +187,7 @@ def int_conv2d(
     out_quantization: Tensor | None = None,
     out_bits: int = 8,
     out_packed: bool = False,
+    statistics: Tensor | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
     """y = sum over segments of s s_w (acc - z wsum[class]) + bias + temb + residual, per output channel.
@@ -194,7 +200,8 @@ def int_conv2d(
         out_dtype: float16, bfloat16 or float32.
         out_quantization: float32 [3], quantises y to ``out_bits`` bits (int8) instead; with ``out_packed`` to 4 packed
             ones, uint8 [N, packed_width(Cout), OH, OW].
-        launch: tile and splits; chosen from `tiles` by default.
+        statistics: from `group_statistics.statistics_for`; written for the GroupNorm that reads y next.
+        launch: tile, splits and how images are read; chosen from `tiles` by default.
 
     Returns:
         [N, Cout, OH, OW], channels_last.
@@ -211,6 +218,9 @@ def int_conv2d(
     out = torch.empty(
         (batch, width_of_n, out_height, out_width), dtype=dtype, device=x.device, memory_format=torch.channels_last
     )
+    chunk = chunk_of(statistics, m, n, x.device, out_quantization is None)
+    if statistics is not None and image_pixels % chunk:
+        raise ValueError(f"statistics must have chunks within an image of {image_pixels} pixels, got {chunk}")
     if not out.numel():
         return out
     if _is_gemm(segments, geometry):
@@ -218,7 +228,8 @@ def int_conv2d(
         rows, term = x.permute(0, 2, 3, 1), None if residual is None else residual.permute(0, 2, 3, 1)
         y = int_gemm(
             rows, weight, quantization, bias, temb=temb, residual=term, out_dtype=out_dtype,
-            out_quantization=out_quantization, out_bits=out_bits, out_packed=out_packed, launch=launch,
+            out_quantization=out_quantization, out_bits=out_bits, out_packed=out_packed, statistics=statistics,
+            launch=launch,
         )  # fmt: skip
         return y.permute(0, 3, 1, 2)
     images = [s.x.contiguous(memory_format=torch.channels_last) for s in segments]
@@ -227,11 +238,15 @@ def int_conv2d(
     alignment = _box_alignment(images[0], segments, geometry)
     if launch is None:
         launch = chosen_launch(x, m, n, r * s * channels[0], k_multiple=channels[0], alignment=alignment)
+    box = box_of(launch.tile.block_m, batch, out_height, out_width)
+    if launch.descriptors and chunk and not holds_chunks(box, chunk, out_height, out_width):
+        launch = launch._replace(descriptors=False)
     if launch.descriptors and (alignment % DESCRIPTOR_ALIGNMENT or not alignment or channels[0] % launch.tile.block_k):
         needed = "one integer segment, strides of 1, and whole blocks of channels"
         raise ValueError(f"descriptors need {needed}, got {channels} channels, {geometry}, {launch.tile}")
     tile, splits = launch[:2] if len(segments) == 1 else (paired(launch.tile), 1)
     tile = tile._replace(block_n=max(tile.block_n, BLOCK)) if out_packed else tile
+    assert tile.block_m >= chunk, "no tile is lower than a chunk"
     splits = min(splits, triton.cdiv(r * s * channels[0], tile.block_k))
     accumulator = torch.float32 if segments[0].quantization is None else torch.int32
     workspace = torch.empty((splits, m, n), dtype=accumulator, device=x.device) if splits > 1 else None
@@ -245,13 +260,12 @@ def int_conv2d(
     wide = is_wide(*images, *(s.weight.values for s in segments), residual, out, workspace)
     blocks_n = triton.cdiv(n, tile.block_n)
     if launch.descriptors:
-        box = box_of(tile.block_m, batch, out_height, out_width)
         operands = described_image(images[0], first.weight.values, box, tile, x_bits(images[0]), first.weight.bits)
         _int_conv2d_box_kernel[tiles_of_boxes(box, batch, out_height, out_width) * blocks_n, splits](
             *operands, first.weight.scale, first.weight.sums, has_classes[0], first.quantization, bias, temb, residual,
-            out, out_quantization, workspace, batch, n, channels[0], out_height, out_width, pixels,
+            out, out_quantization, statistics, workspace, batch, n, channels[0], out_height, out_width, pixels,
             geometry.padding[0], geometry.padding[2], dilation_h, dilation_w, R=r, S=s, BITS=first.weight.bits,
-            X_BITS=x_bits(images[0]), OUT_BITS=out_bits, OUT_PACKED=out_packed, SPLITS=splits, WIDE=wide,
+            X_BITS=x_bits(images[0]), OUT_BITS=out_bits, OUT_PACKED=out_packed, CHUNK=chunk, SPLITS=splits, WIDE=wide,
             BOX_I=box.images, BOX_H=box.rows, BOX_W=box.columns, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
             GROUP_M=GROUP_M, ASM=ASSEMBLY, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -262,19 +276,19 @@ def int_conv2d(
                 images[1], second.weight.values, second.weight.scale, second.weight.sums, has_classes[1],
                 second.quantization,
             )),
-            bias, temb, residual, out, out_quantization, workspace, m, n, height, width, channels[0], channels[-1],
-            padded[0], padded[-1], out_width, pixels, image_pixels, stride_h, stride_w, geometry.padding[0],
-            geometry.padding[2], dilation_h, dilation_w, R=r, S=s, UPSAMPLE=geometry.upsample,
+            bias, temb, residual, out, out_quantization, statistics, workspace, m, n, height, width, channels[0],
+            channels[-1], padded[0], padded[-1], out_width, pixels, image_pixels, stride_h, stride_w,
+            geometry.padding[0], geometry.padding[2], dilation_h, dilation_w, R=r, S=s, UPSAMPLE=geometry.upsample,
             BITS=first.weight.bits, BITS2=(second or first).weight.bits, X_BITS=x_bits(images[0]),
             X_BITS2=x_bits(images[-1]), OUT_BITS=out_bits, OUT_PACKED=out_packed,
-            ALIGNED=channels[0] % tile.block_k == 0, ALIGNED2=channels[-1] % tile.block_k == 0, SPLITS=splits,
-            WIDE=wide, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=GROUP_M,
+            ALIGNED=channels[0] % tile.block_k == 0, ALIGNED2=channels[-1] % tile.block_k == 0, CHUNK=chunk,
+            SPLITS=splits, WIDE=wide, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=GROUP_M,
             ASM=ASSEMBLY, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     if workspace is not None:
         reduced(
             workspace, first.weight, has_classes[0], first.quantization, bias, temb, residual, out, out_quantization,
-            out_bits, out_packed, image_pixels, pixels, x_bits(images[0]),
+            out_bits, out_packed, image_pixels, pixels, x_bits(images[0]), statistics, chunk,
         )  # fmt: skip
     return out
 

@@ -45,6 +45,12 @@ def tiles_of_boxes(box: Box, images: int, height: int, width: int) -> int:
     return -(-images // box.images) * -(-height // box.rows) * -(-width // box.columns)
 
 
+def holds_chunks(box: Box, chunk: int, height: int, width: int) -> bool:
+    """Whether every ``chunk`` output pixels of a tile, in order, lie in one image, and the tiles in order of images."""
+    whole = not height % box.rows and not width % box.columns and not box.rows * box.columns % chunk
+    return whole and (box.images == 1 or (box.rows, box.columns) == (height, width))
+
+
 @triton.jit
 def _int_conv2d_box_kernel(
     x,
@@ -58,6 +64,7 @@ def _int_conv2d_box_kernel(
     residual,
     out,
     out_quantization,
+    statistics,
     workspace,
     images,
     N,
@@ -75,6 +82,7 @@ def _int_conv2d_box_kernel(
     X_BITS: tl.constexpr,
     OUT_BITS: tl.constexpr,
     OUT_PACKED: tl.constexpr,
+    CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     WIDE: tl.constexpr,
     BOX_I: tl.constexpr,
@@ -126,7 +134,8 @@ def _int_conv2d_box_kernel(
     else:
         finished(
             acc, at, in_range, tile_n * BLOCK_N, N, quantization, weight_scale, weight_sum, class_index, out_h * out_w,
-            bias, temb, residual, pixels, out, out_quantization, X_BITS, OUT_BITS, OUT_PACKED, ASM,
+            bias, temb, residual, pixels, out, out_quantization, statistics, tile_m * BLOCK_M, images * out_h * out_w,
+            X_BITS, OUT_BITS, OUT_PACKED, CHUNK, ASM,
         )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .accumulate import descriptor_product, offsets, product, tile_of
 from .arithmetic import ASSEMBLY, gelu
 from .epilogue import _reduce_kernel, finished, scaled, stored
+from .operands import check_activations, chunk_of, is_wide, output_form, x_bits
 from .packing import BLOCK, KernelWeight, packed_width
 from .tiles import DESCRIPTOR_ALIGNMENT, GROUP_M, INTERPRETED, Launch, Tile, architecture, choose, paired
 
@@ -33,6 +34,7 @@ def _int_gemm_kernel(
     residual,
     out,
     out_quantization,
+    statistics,
     workspace,
     M,
     N,
@@ -46,6 +48,7 @@ def _int_gemm_kernel(
     OUT_PACKED: tl.constexpr,
     GEGLU: tl.constexpr,
     EVEN_K: tl.constexpr,
+    CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -111,7 +114,8 @@ def _int_gemm_kernel(
         else:
             finished(
                 acc, at_rows, in_range, tile_n * BLOCK_N, N, quantization, weight_scale, weight_sum, None, pixels, bias,
-                temb, residual, pixels, out, out_quantization, X_BITS, OUT_BITS, OUT_PACKED, ASM,
+                temb, residual, pixels, out, out_quantization, statistics, tile_m * BLOCK_M, M, X_BITS, OUT_BITS,
+                OUT_PACKED, CHUNK, ASM,
             )  # fmt: skip
 
 
@@ -128,6 +132,7 @@ def int_gemm(
     out_quantization: Tensor | None = None,
     out_bits: int = 8,
     out_packed: bool = False,
+    statistics: Tensor | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
     """y[m, n] = s s_w[n] (acc[m, n] - z wsum[n]) + bias[n] + temb[m // (M / B), n] + residual[m, n].
@@ -142,6 +147,7 @@ def int_gemm(
         out_dtype: float16, bfloat16 or float32.
         out_quantization: float32 [3], quantises y to ``out_bits`` bits (int8) instead; with ``out_packed`` to 4 packed
             ones, uint8 [..., packed_width(N)].
+        statistics: float32 [*, 2, N] to write the mean and squared deviations of every M / * rows of y to.
         launch: tile, splits and how operands are read; chosen from `tiles` by default.
     """
     k, width = weight.k, x.shape[-1]
@@ -149,6 +155,7 @@ def int_gemm(
     m = x.numel() // max(1, width)
     _check(x, weight, quantization, bias, temb, residual, geglu, (*x.shape[:-1], n), m, n)
     out_width, dtype = output_form(n, out_dtype, out_quantization, out_bits, out_packed)
+    chunk = chunk_of(statistics, m, n, x.device, out_quantization is None and not geglu)
     matrix = x.reshape(m, width) if x.stride(-1) == 1 else x.contiguous().reshape(m, width)
     out = torch.empty((m, out_width), dtype=dtype, device=x.device)
     if out.numel():
@@ -156,6 +163,7 @@ def int_gemm(
         launch = launch or chosen_launch(x, m, n, k, alignment=alignment)
         tile, splits = (paired(launch.tile), 1) if geglu else launch[:2]
         tile = tile._replace(block_n=max(tile.block_n, BLOCK)) if out_packed else tile
+        assert tile.block_m >= chunk, "no tile is lower than a chunk"
         splits = min(splits, triton.cdiv(k, tile.block_k))
         accumulator = torch.int32 if quantization is not None else torch.float32
         workspace = torch.empty((splits, m, n), dtype=accumulator, device=x.device) if splits > 1 else None
@@ -169,16 +177,16 @@ def int_gemm(
         grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), splits)
         _int_gemm_kernel[grid](
             *operands, weight.scale, weight.sums, quantization, bias, temb, residual, out,
-            out_quantization, workspace, m, n, k, padded, matrix.stride(0), pixels, BITS=weight.bits,
+            out_quantization, statistics, workspace, m, n, k, padded, matrix.stride(0), pixels, BITS=weight.bits,
             X_BITS=x_bits(x), OUT_BITS=out_bits, OUT_PACKED=out_packed, GEGLU=geglu, EVEN_K=k % tile.block_k == 0,
-            SPLITS=splits, DESCRIPTORS=launch.descriptors,
+            CHUNK=chunk, SPLITS=splits, DESCRIPTORS=launch.descriptors,
             WIDE=is_wide(matrix, weight.values, residual, out, workspace), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k, GROUP_M=GROUP_M, ASM=ASSEMBLY, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if workspace is not None:
             reduced(
                 workspace, weight, None, quantization, bias, temb, residual, out, out_quantization, out_bits,
-                out_packed, m, pixels, x_bits(x),
+                out_packed, m, pixels, x_bits(x), statistics, chunk,
             )  # fmt: skip
     return out.reshape(*x.shape[:-1], out_width)
 
@@ -208,30 +216,6 @@ def described(
     )
 
 
-def is_wide(*tensors: Tensor | None) -> bool:
-    """Whether an offset into one of the tensors needs 64 bits."""
-    return any(
-        t is not None and sum((size - 1) * abs(step) for size, step in zip(t.shape, t.stride(), strict=True)) >= 1 << 31
-        for t in tensors
-    )
-
-
-def x_bits(x: Tensor) -> int:
-    """4 for packed activations, else 8."""
-    return 4 if x.dtype == torch.uint8 else 8
-
-
-def output_form(
-    n: int, out_dtype: torch.dtype, out_quantization: Tensor | None, out_bits: int, out_packed: bool
-) -> tuple[int, torch.dtype]:
-    """(width of a row, dtype) of an output with ``n`` features; raises where packing was asked for in vain."""
-    if out_packed:
-        if out_quantization is None or out_bits != 4:
-            raise ValueError(f"out_packed needs an out_quantization with out_bits=4, got out_bits={out_bits}")
-        return packed_width(n), torch.uint8
-    return n, torch.int8 if out_quantization is not None else out_dtype
-
-
 def chosen_launch(x: Tensor, m: int, n: int, k: int, *, k_multiple: int = 0, alignment: int = 0) -> Launch:
     """The tile table's choice for the device of ``x``; a small tile in the interpreter."""
     if not ASSEMBLY:
@@ -256,6 +240,8 @@ def reduced(
     image_pixels: int,
     pixels: int,
     bits: int,
+    statistics: Tensor | None,
+    chunk: int,
 ) -> None:
     """Sums the partial accumulators of a split product and finishes them into ``out``, whose memory is [M, N].
 
@@ -263,22 +249,14 @@ def reduced(
     where the activations were packed.
     """
     splits, m, n = workspace.shape
-    grid = (triton.cdiv(m, 32), triton.cdiv(n, 64))
+    block_m = max(32, chunk)
+    grid = (triton.cdiv(m, block_m), triton.cdiv(n, 64))
     _reduce_kernel[grid](
         workspace, weight.scale, weight.sums, class_index, quantization, bias, temb, residual, out, out_quantization,
-        m, n, image_pixels, pixels, SPLITS=splits, X_BITS=bits, OUT_BITS=out_bits, OUT_PACKED=out_packed,
-        WIDE=is_wide(out, residual, workspace), BLOCK_M=32,
+        statistics, m, n, image_pixels, pixels, SPLITS=splits, X_BITS=bits, OUT_BITS=out_bits, OUT_PACKED=out_packed,
+        CHUNK=chunk, WIDE=is_wide(out, residual, workspace), BLOCK_M=block_m,
         BLOCK_N=64, ASM=ASSEMBLY,
     )  # fmt: skip
-
-
-def check_activations(name: str, x: Tensor, quantization: Tensor | None) -> None:
-    """Raises TypeError unless x is int8 or packed uint8 with a quantization, or floating without one."""
-    if x.is_floating_point() != (quantization is None) or (
-        quantization is not None and x.dtype not in (torch.int8, torch.uint8)
-    ):
-        wanted = "int8 or packed uint8 with a quantization, or floating without one"
-        raise TypeError(f"{name} must be {wanted}, got {x.dtype}")
 
 
 def _check(

@@ -39,13 +39,19 @@ DESCRIPTOR_TILES = {
         Tile(64, 128, 128, 4, 4),
         Tile(64, 64, 128, 4, 4),
     ),
-    100: (Tile(128, 128, 128, 8, 4), Tile(128, 64, 128, 8, 4), Tile(64, 64, 128, 4, 4)),
+    100: (
+        Tile(128, 256, 128, 8, 3),
+        Tile(128, 128, 128, 8, 4),
+        Tile(128, 64, 128, 8, 4),
+        Tile(64, 64, 128, 4, 4),
+    ),
     120: (Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 4, 3), Tile(64, 64, 128, 4, 3)),
 }
 NARROW = Tile(128, 16, 64, 4, 4)  # outputs of at most 16 channels: the last convolution
 INTERPRETED = Tile(128, 128, 256, 1, 1)  # the interpreter's time goes by programs and blocks, not by elements
 GROUP_M = 8  # tiles of neighbouring rows that run together and share the weights in the L2 cache
 DESCRIPTOR_ALIGNMENT = 16  # bytes, of addresses and strides
+MAX_CHUNK = 64  # rows whose statistics are written together: no tile of a table is lower
 _MAX_SPLITS = 16
 
 

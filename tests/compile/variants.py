@@ -31,7 +31,7 @@ def matrix_instruction(arch: int, floating: bool) -> str:
     return r"mma\.sync.*f32\.f16\.f16\.f32" if floating else r"mma\.sync.*m16n8k32.*s8\.s8"
 
 
-def _types(types: dict[str, str], bits: int, x_bits: int, floating: bool, splits: int) -> dict[str, str]:
+def _types(types: dict[str, str], bits: int, x_bits: int, floating: bool, splits: int, chunk: int) -> dict[str, str]:
     types = dict(types)
     if bits == 4:
         types["weight"] = "*u8"
@@ -40,14 +40,16 @@ def _types(types: dict[str, str], bits: int, x_bits: int, floating: bool, splits
     if floating:
         types["x"] = "*fp16"
         del types["quantization"]
+    if chunk:
+        types["statistics"] = "*fp32"
     if splits > 1:
         types["workspace"] = "*fp32" if floating else "*i32"
     return types
 
 
-def _blocks(tile: Tile, bits: int, x_bits: int, splits: int) -> dict[str, int | bool]:
+def _blocks(tile: Tile, bits: int, x_bits: int, splits: int, chunk: int) -> dict[str, int | bool]:
     return {
-        "BITS": bits, "X_BITS": x_bits, "OUT_BITS": x_bits, "OUT_PACKED": x_bits == 4, "SPLITS": splits,
+        "BITS": bits, "X_BITS": x_bits, "OUT_BITS": x_bits, "OUT_PACKED": x_bits == 4, "SPLITS": splits, "CHUNK": chunk,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": 8, "ASM": True,
     }  # fmt: skip
 
@@ -55,9 +57,10 @@ def _blocks(tile: Tile, bits: int, x_bits: int, splits: int) -> dict[str, int | 
 def gemm(
     name: str, arch: int, tile: Tile, bits: int = 8, x_bits: int = 8, floating: bool = False, geglu: bool = False,
     splits: int = 1, descriptors: bool = False, wide: bool = False,
+    chunk: int = 0,
 ) -> Variant:  # fmt: skip
     """A launch of `int_gemm`; with GEGLU its result is quantised, as the next product wants it."""
-    types = _types({**_MATRICES, "K": "i32", "stride_xm": "i32"}, bits, x_bits, floating, splits)
+    types = _types({**_MATRICES, "K": "i32", "stride_xm": "i32"}, bits, x_bits, floating, splits, chunk)
     if geglu:
         del types["residual"]
         types |= {"out": "*i8" if x_bits == 8 else "*u8", "out_quantization": "*fp32"}
@@ -66,7 +69,7 @@ def gemm(
         for argument, rows, width in (("x", tile.block_m, x_bits), ("weight", tile.block_n, bits)):
             types[argument] = f"tensordesc<{types[argument][1:]}[{rows},{tile.block_k * width // 8}]>"
     constants = {
-        **_blocks(tile, bits, x_bits, splits),
+        **_blocks(tile, bits, x_bits, splits, chunk),
         "GEGLU": geglu,
         "EVEN_K": True,
         "DESCRIPTORS": descriptors,
@@ -81,15 +84,15 @@ def gemm(
 
 def conv(
     name: str, arch: int, tile: Tile, bits: int = 8, x_bits: int = 8, floating: bool = False, kernel: int = 3,
-    two: bool = False, splits: int = 1, aligned: bool = True, upsample: int = 1, wide: bool = False,
+    two: bool = False, splits: int = 1, aligned: bool = True, upsample: int = 1, wide: bool = False, chunk: int = 0,
 ) -> Variant:  # fmt: skip
     """A launch of `int_conv2d`, padded: with border classes."""
-    types = _types({**_MATRICES, **_PIXELS, "class_index": "*i32"}, bits, x_bits, floating, splits)
+    types = _types({**_MATRICES, **_PIXELS, "class_index": "*i32"}, bits, x_bits, floating, splits, chunk)
     if two:
         types |= {f"{argument}2": types[argument] for argument in _BOTH_SEGMENTS if argument in types}
         tile = paired(tile)
     constants = {
-        **_blocks(tile, bits, x_bits, splits), "R": kernel, "S": kernel, "UPSAMPLE": upsample, "BITS2": bits,
+        **_blocks(tile, bits, x_bits, splits, chunk), "R": kernel, "S": kernel, "UPSAMPLE": upsample, "BITS2": bits,
         "X_BITS2": x_bits, "WIDE": wide, "ALIGNED": aligned, "ALIGNED2": aligned,
     }  # fmt: skip
     divisible = ("N", "C", "C2", "K_PADDED", "K_PADDED2") if aligned else ("N", "K_PADDED")
@@ -102,10 +105,10 @@ def conv(
 
 def box(
     name: str, arch: int, tile: Tile, bits: int = 8, x_bits: int = 8, kernel: int = 3, splits: int = 1,
-    shape: Box | None = None,
+    shape: Box | None = None, chunk: int = 0,
 ) -> Variant:  # fmt: skip
     """A launch of `int_conv2d` that reads its padded image through a descriptor."""
-    types = _types({**_MATRICES, "class_index": "*i32"}, bits, x_bits, False, splits)
+    types = _types({**_MATRICES, "class_index": "*i32"}, bits, x_bits, False, splits, chunk)
     types |= dict.fromkeys(("images", "C", "out_h", "out_w", "pad_top", "pad_left", "dilation_h", "dilation_w"), "i32")
     shape = shape or box_of(tile.block_m, 2, 64, 64)
     if x_bits == 4:
@@ -114,7 +117,7 @@ def box(
         sizes = ",".join(map(str, (*block, tile.block_k * width // 8)))
         types[argument] = f"tensordesc<{types[argument][1:]}[{sizes}]>"
     constants = {
-        **_blocks(tile, bits, x_bits, splits), "R": kernel, "S": kernel, "WIDE": False, "BOX_I": shape.images,
+        **_blocks(tile, bits, x_bits, splits, chunk), "R": kernel, "S": kernel, "WIDE": False, "BOX_I": shape.images,
         "BOX_H": shape.rows, "BOX_W": shape.columns,
     }  # fmt: skip
     return Variant(
@@ -137,12 +140,14 @@ def products() -> Iterator[Variant]:
         for tile in INTEGER_TILES.get(arch, ()):
             for product in (gemm, conv):
                 for bits in (8, 4):
+                    yield product(f"w{bits}a8-statistics", arch, tile, bits=bits, chunk=64)
                     yield product(f"w{bits}a8-large", arch, tile, bits=bits)
                     yield product(f"w{bits}a4-large", arch, tile, bits=bits, x_bits=4)
         for tile in DESCRIPTOR_TILES.get(arch, ()):
             for bits in (8, 4):
                 yield gemm(f"w{bits}a8-descriptors", arch, tile, bits=bits, descriptors=True)
                 yield gemm(f"w{bits}a4-descriptors", arch, tile, bits=bits, x_bits=4, descriptors=True)
+                yield box(f"w{bits}a8-statistics", arch, tile, bits=bits, chunk=64)
                 yield box(f"w{bits}a8", arch, tile, bits=bits)
                 yield box(f"w{bits}a4", arch, tile, bits=bits, x_bits=4)
             yield box("64-channels", arch, tile._replace(block_k=64))
@@ -151,6 +156,11 @@ def products() -> Iterator[Variant]:
             yield gemm("geglu-descriptors", arch, tile, geglu=True, descriptors=True)
             yield gemm("split-descriptors", arch, tile, splits=4, descriptors=True)
         tile = tiles[0]
+        for tile in tiles:
+            yield gemm("statistics", arch, tile, chunk=64)
+            yield conv("statistics", arch, tile, chunk=64)
+        tile = tiles[0]
+        yield conv("two-segments-statistics", arch, tile, kernel=1, two=True, chunk=64)
         yield gemm("wide", arch, tile, wide=True)
         yield conv("wide", arch, tile, wide=True)
         yield gemm("w8a16", arch, tile, floating=True)
@@ -171,15 +181,16 @@ def products() -> Iterator[Variant]:
         del one_row.types["M"]
         one_row.constants["M"] = 1
         yield one_row
-        for rows in (None, 1):
-            sizes = {} if rows else {"M": "i32"}
+        for rows, chunk in ((None, 0), (None, 64), (1, 0)):
+            sizes = ({} if rows else {"M": "i32"}) | ({"statistics": "*fp32"} if chunk else {})
             yield Variant(
-                f"reduce-{rows or 'many'}", "qdiff_kernels.epilogue:_reduce_kernel", arch,
+                f"reduce-{rows or 'many'}{'-statistics' if chunk else ''}", "qdiff_kernels.epilogue:_reduce_kernel",
+                arch,
                 {**sizes, "workspace": "*i32", "weight_scale": "*fp32", "weight_sum": "*i32", "quantization": "*fp32",
                  "bias": "*fp32", "residual": "*fp16", "out": "*fp16", "N": "i32", "image_pixels": "i32",
                  "pixels": "i32"},
-                {"M": rows, "SPLITS": 4, "X_BITS": 8, "OUT_BITS": 8, "OUT_PACKED": False, "WIDE": False, "BLOCK_M": 32,
-                 "BLOCK_N": 64, "ASM": True}, ("N",),
+                {"M": rows, "SPLITS": 4, "X_BITS": 8, "OUT_BITS": 8, "OUT_PACKED": False, "WIDE": False,
+                 "CHUNK": chunk, "BLOCK_M": max(chunk, 32), "BLOCK_N": 64, "ASM": True}, ("N",),
             )  # fmt: skip
 
 
