@@ -6,6 +6,7 @@ reads for them, moved by the tap. What lies outside the image reads as 0: the bo
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -26,6 +27,7 @@ class Box(NamedTuple):
     columns: int
 
 
+@functools.cache
 def box_of(pixels: int, images: int, height: int, width: int) -> Box:
     """The box of ``pixels`` output pixels that needs the fewest tiles; among equals one image's, then the squarest."""
     candidates = []
