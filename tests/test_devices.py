@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import networks
 import pytest
@@ -12,7 +13,10 @@ import torch
 
 import qdiff_engine as qe
 from qdiff_engine import ops
+from qdiff_engine.graph.ir import Node
+from qdiff_engine.graph.operators import FLOAT_OPS
 from qdiff_engine.ops import dispatch
+from qdiff_engine.runtime.executor import Compiler
 
 OLD = r"Tesla T4 has compute capability 7\.5, the kernels need 8\.0 or newer"
 
@@ -77,3 +81,15 @@ def test_a_backend_for_cpus_is_refused_on_a_gpu(gpu: Callable[..., None], tmp_pa
 def test_arguments_are_checked_before_the_artifact(tmp_path: Any, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         qe.load(tmp_path / "not looked at", **options)
+
+
+@pytest.mark.parametrize(
+    ("op", "args"), [("arange", (0, 4)), ("full", ((2, 3), 1.5)), ("ones", ((2,),)), ("scalar_tensor", (2.0,))]
+)
+def test_a_tensor_made_of_numbers_lies_on_the_models_device(op: str, args: tuple[Any, ...]) -> None:
+    """The timestep embedding of diffusers begins with an arange."""
+    compiler = SimpleNamespace(device=torch.device("meta"), slots={"made": 0}, constants={}, dtype=torch.float16)
+    node = Node("made", op, args, {"dtype": torch.float32}, section="time")
+    values: list[Any] = [None]
+    Compiler.floating(cast(Compiler, compiler), node, FLOAT_OPS[op])(values, cast(Any, None))
+    assert values[0].is_meta and values[0].dtype == torch.float32

@@ -29,6 +29,9 @@ full_like scalar_tensor embedding index_select gather index masked_fill tril tri
 _weight_norm mT numpy_T
 """
 
+# they make a tensor of numbers alone: where, is not the graph's business
+FACTORY_OPS = frozenset({"arange", "ones", "zeros", "full", "scalar_tensor"})
+
 # dropped at capture, for at inference they return their first argument
 _IDENTITY = "dropout feature_dropout alpha_dropout alias detach contiguous clone lift_fresh lift_fresh_copy"
 IDENTITY_OPS = frozenset(_IDENTITY.split())
@@ -90,7 +93,7 @@ FLOAT_OPS.update(
         "linear": torch.nn.functional.linear,
         "silu": torch.nn.functional.silu,
         # of torch and not of torch.ops.aten, so that ``with torch.device(...)`` says where they make their results
-        **{name: getattr(torch, name) for name in ("arange", "ones", "zeros", "full", "scalar_tensor")},
+        **{name: getattr(torch, name) for name in FACTORY_OPS},
         "scaled_dot_product_attention": torch.nn.functional.scaled_dot_product_attention,
     }
 )

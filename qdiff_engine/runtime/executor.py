@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import ops
 from ..graph.interpret import activate
 from ..graph.ir import Const, Graph, Node, Ref, map_leaves
-from ..graph.operators import FLOAT_OPS, INTEGER_OPS, LAYOUT_OPS
+from ..graph.operators import FACTORY_OPS, FLOAT_OPS, INTEGER_OPS, LAYOUT_OPS
 from ..ops import native
 from ..tables import Table
 from ..weights import QuantizedWeight
@@ -313,6 +313,8 @@ class Compiler:
             return constant.to(self.dtype) if node.section == "main" and constant.is_floating_point() else constant
 
         args, kwargs = map_leaves(node.args, known), map_leaves(node.kwargs, known)
+        if node.op in FACTORY_OPS and self.device.type != "cpu":
+            kwargs = {**kwargs, "device": self.device}
         nested = any(isinstance(a, tuple) for a in args) or kwargs
         if nested:
 
