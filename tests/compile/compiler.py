@@ -79,8 +79,8 @@ def compile_variant(variant: Variant) -> Facts:
 def _usage(cubin: bytes) -> tuple[int, int]:
     """(registers, stack bytes) of a cubin's only kernel.
 
-    A frame that nothing is loaded from counts as none: Triton 3.6's ptxas gives one of 8 bytes to kernels that use
-    descriptors on sm_120, and only ever writes zeros there. A spilled register is read back.
+    Eight bytes that nothing is loaded from count as none: Triton 3.6's ptxas gives them to kernels that use descriptors
+    on sm_120, and only ever writes zeros there. A spilled register is read back.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -88,7 +88,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
         found = re.search(r"REG:(\d+) STACK:(\d+)", _dumped(file.name, "-res-usage"))
         assert found, "cuobjdump named no registers"
         registers, stack = int(found[1]), int(found[2])
-        if stack and not re.search(r"\bLDL\b", _dumped(file.name, "-sass")):
+        if stack == 8 and not re.search(r"\bLDL\b", _dumped(file.name, "-sass")):
             stack = 0
     return registers, stack
 
