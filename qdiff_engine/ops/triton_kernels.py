@@ -108,10 +108,11 @@ def _stored(q: Tensor, storage: torch.dtype) -> Tensor:
     return q.view(PACKED) if storage == PACKED else numerics.stored(q, storage)
 
 
-def _as_plain(q: Tensor, k: int) -> Tensor:
-    """q, or in place of packed activations of ``k`` features something that the shared checks can read."""
-    if q.dtype != PACKED:
+def _as_plain(q: Tensor, weight: GemmWeight | ConvWeight) -> Tensor:
+    """q, or in place of packed activations of the weight's features something that the shared checks can read."""
+    if not isinstance(q, Tensor) or q.dtype != PACKED or not isinstance(weight, GemmWeight | ConvWeight):
         return q
+    k = weight.values.shape[1] * (weight.groups if isinstance(weight, ConvWeight) else 1)
     packed_width, axis = _kernels("packing").packed_width, 1 if q.dim() == 4 else -1
     if not q.dim() or q.shape[axis] != packed_width(k):
         raise ValueError(f"q must hold {k} features in {packed_width(k)} bytes, got {list(q.shape)}")
@@ -193,9 +194,7 @@ def int_gemm(
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """y[m, n] = s s_w[n] o[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n]; see `ops.int_gemm`."""
-    operands.check_gemm(
-        _as_plain(q, weight.values.shape[1]), weight, scale, zero_point, bias, residual, output_scale, half=True
-    )
+    operands.check_gemm(_as_plain(q, weight), weight, scale, zero_point, bias, residual, output_scale, half=True)
     packed = weight.prepared.get(_NAME)
     if packed is None:
         packed = weight.prepared[_NAME] = _kernels("packing").pack(weight.values, weight.scale, weight.bits)
@@ -234,7 +233,7 @@ def int_conv2d(
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """y = sum over segments of s s_w (acc - z wsum[class]) + bias + temb + residual; see `ops.int_conv2d`."""
-    plain = [s._replace(q=_as_plain(s.q, s.weight.values.shape[1] * s.weight.groups)) for s in segments]
+    plain = [s._replace(q=_as_plain(s.q, s.weight)) for s in segments]
     operands.check_conv2d(plain, bias, temb, residual, output_scale, half=True)
     y, terms, launches = None, _Terms(output_scale, bias, temb, residual), _launches(segments)
     final = _written(output, out_dtype, segments[0].q.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import triton
 from compiler import Variant
@@ -127,46 +127,46 @@ def box(
     )  # fmt: skip
 
 
+def _largest(tiles: Sequence[Tile]) -> Tile:
+    return max(tiles, key=lambda tile: tile.block_m * tile.block_n)
+
+
 def products() -> Iterator[Variant]:
-    """Every tile of every architecture in the two main precisions, and each other kind of launch once for each."""
+    """Every tile of every architecture in the two main precisions, and each other kind of launch once for each.
+
+    What takes registers beside the accumulator (packed activations, statistics) is tried on the largest tile.
+    """
     for arch, tiles in TILES.items():
-        for tile in tiles:
-            yield gemm("w8a8", arch, tile)
-            yield gemm("w4a8", arch, tile, bits=4)
-            yield conv("w8a8", arch, tile)
-            yield conv("w4a8", arch, tile, bits=4)
-            yield gemm("w4a4-packed", arch, tile, bits=4, x_bits=4)
-            yield conv("w4a4-packed", arch, tile, bits=4, x_bits=4)
-        for tile in INTEGER_TILES.get(arch, ()):
-            for product in (gemm, conv):
-                for bits in (8, 4):
-                    yield product(f"w{bits}a8-statistics", arch, tile, bits=bits, chunk=64)
-                    yield product(f"w{bits}a8-large", arch, tile, bits=bits)
-                    yield product(f"w{bits}a4-large", arch, tile, bits=bits, x_bits=4)
-        for tile in DESCRIPTOR_TILES.get(arch, ()):
-            for bits in (8, 4):
+        integer, descriptor = (*tiles, *INTEGER_TILES.get(arch, ())), DESCRIPTOR_TILES.get(arch, ())
+        for bits in (8, 4):
+            for tile in integer:
+                yield gemm(f"w{bits}a8", arch, tile, bits=bits)
+                yield conv(f"w{bits}a8", arch, tile, bits=bits)
+            for tile in descriptor:
                 yield gemm(f"w{bits}a8-descriptors", arch, tile, bits=bits, descriptors=True)
-                yield gemm(f"w{bits}a4-descriptors", arch, tile, bits=bits, x_bits=4, descriptors=True)
-                yield box(f"w{bits}a8-statistics", arch, tile, bits=bits, chunk=64)
                 yield box(f"w{bits}a8", arch, tile, bits=bits)
-                yield box(f"w{bits}a4", arch, tile, bits=bits, x_bits=4)
+        tile = _largest(integer)
+        for product in (gemm, conv):
+            yield product("w4a4-packed", arch, tile, bits=4, x_bits=4)
+            yield product("w8a4-packed", arch, tile, x_bits=4)
+            yield product("w4a8-statistics", arch, tile, bits=4, chunk=64)
+            yield product("statistics", arch, _largest(tiles), chunk=64)
+        if descriptor:
+            tile = _largest(descriptor)
+            yield gemm("w4a4-descriptors", arch, tile, bits=4, x_bits=4, descriptors=True)
+            yield gemm("geglu-descriptors", arch, tile, geglu=True, descriptors=True)
+            yield gemm("split-descriptors", arch, tile, splits=4, descriptors=True)
+            yield box("w4a4", arch, tile, bits=4, x_bits=4)
+            yield box("w4a8-statistics", arch, tile, bits=4, chunk=64)
             yield box("64-channels", arch, tile._replace(block_k=64))
             yield box("small-images", arch, tile, shape=box_of(tile.block_m, 64, 4, 4))
             yield box("split", arch, tile, splits=4)
-            yield gemm("geglu-descriptors", arch, tile, geglu=True, descriptors=True)
-            yield gemm("split-descriptors", arch, tile, splits=4, descriptors=True)
-        tile = tiles[0]
-        for tile in tiles:
-            yield gemm("statistics", arch, tile, chunk=64)
-            yield conv("statistics", arch, tile, chunk=64)
         tile = tiles[0]
         yield conv("two-segments-statistics", arch, tile, kernel=1, two=True, chunk=64)
         yield gemm("wide", arch, tile, wide=True)
         yield conv("wide", arch, tile, wide=True)
         yield gemm("w8a16", arch, tile, floating=True)
         yield gemm("w4a16", arch, tile, bits=4, floating=True)
-        yield gemm("w8a4-packed", arch, tile, x_bits=4)
-        yield conv("w8a4-packed", arch, tile, x_bits=4)
         yield gemm("geglu", arch, tile, geglu=True)
         yield gemm("geglu-packed", arch, tile, bits=4, x_bits=4, geglu=True)
         yield gemm("split", arch, tiles[-1], splits=4)
