@@ -24,6 +24,7 @@ __all__ = [
     "Segment",
     "backends",
     "chosen",
+    "denoise_step",
     "groupnorm_silu_quantize",
     "int_conv2d",
     "int_gemm",
@@ -54,6 +55,7 @@ _TABLE: dict[str, tuple[tuple[str, str], ...]] = {
         ("native", "native_matmul"),
         ("torch", "plain"),
     ),
+    "denoise_step": (("triton", "triton_kernels"), ("torch", "plain")),
 }
 
 
@@ -343,3 +345,48 @@ def int_conv2d(
     """
     run = resolve("int_conv2d", segments[0].q.device if segments else "cpu", backend)
     return run(segments, bias, temb=temb, residual=residual, reuse_residual=reuse_residual, output_scale=output_scale)
+
+
+def denoise_step(
+    x: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    noise: Tensor | None,
+    constants: Tensor,
+    *,
+    guidance: float | None = None,
+    prediction_type: str = "epsilon",
+    clipped: bool = False,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    input_bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """x' = cx x + c0 x0 + ce e' + s' z + B[c], e' = a[c] e + b[c], e = uncond + g (cond - uncond).
+
+    With ``clipped``, x0 = clamp(predicted sample, +-clip) and e' becomes the predicted noise; without, c0 is unused.
+
+    Args:
+        x: floating latents [N, C, *spatial]; ``cond``, ``uncond`` and ``noise`` have its shape or are None.
+        constants: float32 [8] on x's device: cx, c0, ce, s', sqrt(alpha_bar), sqrt(1 - alpha_bar), clip, g.
+        guidance: g in place of the one in ``constants``.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        a, b, input_bias: float32 [C] or None.
+
+    Returns:
+        x' of x's shape and dtype, computed in float32.
+    """
+    run = resolve("denoise_step", x.device, backend)
+    return run(
+        x,
+        cond,
+        uncond,
+        noise,
+        constants,
+        guidance=guidance,
+        prediction_type=prediction_type,
+        clipped=clipped,
+        a=a,
+        b=b,
+        input_bias=input_bias,
+    )

@@ -266,3 +266,33 @@ def check_quantize(
         raise ValueError(f"scale must be positive and finite, got {scale}")
     if not low <= zero_point <= high:
         raise ValueError(f"zero_point must lie in [{low}, {high}] for {bits} bits, got {zero_point}")
+
+
+def check_denoise_step(
+    x: Tensor,
+    images: Sequence[Tensor | None],
+    constants: Tensor,
+    channels: Sequence[Tensor | None],
+    prediction_type: str,
+    guidance: float | None,
+) -> None:
+    """Checks of `ops.denoise_step`: ``images`` are (cond, uncond, noise), ``channels`` (a, b, input_bias)."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+        raise ValueError("x must be floating [N, C, *spatial]")
+    for name, value in zip(("cond", "uncond", "noise"), images, strict=True):
+        if value is not None and not value.is_floating_point():
+            raise TypeError(f"{name} must be floating, got {value.dtype}")
+        if value is not None and value.shape != x.shape:
+            raise ValueError(f"{name} must be {list(x.shape)} like x, got {list(value.shape)}")
+    if images[0] is None:
+        raise TypeError("cond must be a tensor, got None")
+    for name, value, size in (
+        ("constants", constants, 8),
+        *((name, value, x.shape[1]) for name, value in zip(("a", "b", "input_bias"), channels, strict=True)),
+    ):
+        if value is not None and (value.dtype != torch.float32 or tuple(value.shape) != (size,)):
+            raise ValueError(f"{name} must be float32 [{size}], got {value.dtype} {list(value.shape)}")
+    if prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {prediction_type!r}")
+    if guidance is not None and not isinstance(guidance, int | float):
+        raise TypeError(f"guidance must be a number or None, got {type(guidance).__name__}")

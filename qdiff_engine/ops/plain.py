@@ -201,6 +201,46 @@ def _convolve(segment: Segment, bias: Tensor | None, output_scale: Tensor | None
     return channels_second(y.reshape(len(q), *weight.output_size(*q.shape[2:]), len(weight.values)).contiguous())
 
 
+def denoise_step(
+    x: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    noise: Tensor | None,
+    constants: Tensor,
+    *,
+    guidance: float | None = None,
+    prediction_type: str = "epsilon",
+    clipped: bool = False,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    input_bias: Tensor | None = None,
+) -> Tensor:
+    """x' = cx x + c0 x0 + ce e' + s' z + B[c], added in the order of diffusers' schedulers; see `ops.denoise_step`."""
+    operands.check_denoise_step(x, (cond, uncond, noise), constants, (a, b, input_bias), prediction_type, guidance)
+    cx, c0, ce, sigma, signal, deviation, clip, g = constants.tolist()
+    value, e = x.float(), cond.float()
+    if uncond is not None:
+        e = uncond.float() + (g if guidance is None else guidance) * (e - uncond.float())
+    across = (-1, *[1] * (x.dim() - 2))
+    e = e if a is None else e * a.reshape(across)
+    e = e if b is None else e + b.reshape(across)
+    y = cx * value if cx else None
+    if clipped:
+        if prediction_type == "epsilon":
+            sample = (value - deviation * e) / signal
+        elif prediction_type == "v_prediction":
+            sample, e = signal * value - deviation * e, signal * e + deviation * value
+        else:
+            sample, e = e, (value - signal * e) / deviation
+        sample = c0 * sample.clamp(-clip, clip)
+        y = sample if y is None else y + sample
+    if ce or y is None:
+        y = ce * e if y is None else y + ce * e
+    y = y if noise is None else y + sigma * noise.float()
+    y = y if input_bias is None else y + input_bias.reshape(across)
+    return y.to(x.dtype)
+
+
 def _taps(x: Tensor, weight: ConvWeight) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs (x [G, M, K], w [G, K, Cout / G]), one for every kernel tap: their products sum to the convolution."""
     n, height, width, _ = x.shape

@@ -264,3 +264,25 @@ def _packed(weight: ConvWeight, height: int, width: int) -> tuple[Any, Tensor]:
 
     sums, index = recent(by_size, (height, width), classes)
     return packed._replace(sums=sums), index
+
+
+def denoise_step(
+    x: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    noise: Tensor | None,
+    constants: Tensor,
+    *,
+    guidance: float | None = None,
+    prediction_type: str = "epsilon",
+    clipped: bool = False,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    input_bias: Tensor | None = None,
+) -> Tensor:
+    """x' = cx x + c0 x0 + ce e' + s' z + B[c]; see `ops.denoise_step`."""
+    operands.check_denoise_step(x, (cond, uncond, noise), constants, (a, b, input_bias), prediction_type, guidance)
+    return _kernels("denoise_step").denoise_step(
+        x, cond, uncond, noise, constants, guidance=guidance, prediction_type=prediction_type, clipped=clipped, a=a,
+        b=b, input_bias=input_bias,
+    )  # fmt: skip

@@ -6,6 +6,7 @@ constants of the calibrated row that serves the timestep. Slots are emptied afte
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
 from collections import OrderedDict
@@ -75,7 +76,8 @@ class Program:
         if device.type == "cpu":
             native.keep_freed_memory()
         lowered = lower(graph)
-        self.rows = make_rows(table)
+        self.corrects = True
+        self._set_table(table)
         self.inputs = tuple(lowered.inputs)
         compiler = _Compiler(lowered, weights, constants, table, device, backend, dtype)
         self.slots = compiler.slots
@@ -84,9 +86,24 @@ class Program:
         self.folds_correction = compiler.corrected_layer is not None
         self._kept = {name: compiler.kept_after(name) for name in ("prompt", "time")}
         self._batched = {self.slots[node.name] for node in lowered.nodes if node.shape[:1] == ("B",)}
-        by_identity = device.type != "cpu"
-        self._prompts = _Cache(limit=4, by_identity=by_identity)
-        self._times = _Cache(limit=_CACHED_TIMESTEPS, by_identity=by_identity)
+        self._by_identity = device.type != "cpu"
+        self._forget()
+
+    def _set_table(self, table: Table) -> None:
+        self.rows = make_rows(table)
+        self._uncorrected = tuple(dataclasses.replace(row, output_scale=None, output_shift=None) for row in self.rows)
+
+    def _forget(self) -> None:
+        """Empty the caches of what the prompt and the timestep alone determine."""
+        self._prompts = _Cache(limit=4, by_identity=self._by_identity)
+        self._times = _Cache(limit=_CACHED_TIMESTEPS, by_identity=self._by_identity)
+
+    def with_table(self, table: Table) -> Program:
+        """This program with another table of the same sites, over the same packed weights."""
+        other = copy.copy(self)
+        other._set_table(table)
+        other._forget()
+        return other
 
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, Tensor], timestep: float, row: int) -> Tensor:
@@ -100,7 +117,7 @@ class Program:
             values[self.slots[name]] = inputs[name]
         batch = inputs["sample"].shape[0]
         conditioning = [inputs[name] for name in self.inputs if name not in ("sample", "timestep")]
-        constants = self.rows[row]
+        constants = (self.rows if self.corrects else self._uncorrected)[row]
         self._cached("prompt", self._prompts, (batch,), conditioning, values, constants)
         self._cached("time", self._times, (batch, timestep), conditioning, values, constants)
         return values, constants
