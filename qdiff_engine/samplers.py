@@ -298,8 +298,10 @@ def differences(key: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     for name in ("prediction_type", "steps", "eta", "guidance_scale"):
         if key.get(name) != other.get(name):
             found.append(f"{name} {other.get(name)}, not {key.get(name)}")
-    mine, theirs = (entry.get("scheduler") or {} for entry in (key, other))
-    for name in sorted(mine.keys() & theirs.keys() - {"_class_name", "prediction_type"}):
-        if mine[name] != theirs[name]:
-            found.append(f"scheduler {name} {theirs[name]}, not {mine[name]}")
+    mine, theirs = (entry.get("scheduler") for entry in (key, other))
+    if not isinstance(mine, Mapping) or not isinstance(theirs, Mapping):
+        return [*found, "scheduler unknown"]
+    for name in ["class", *sorted(mine.keys() & theirs.keys() - {"class", "_class_name", "prediction_type"})]:
+        if mine.get(name) != theirs.get(name):
+            found.append(f"scheduler {name} {theirs.get(name)}, not {mine.get(name)}")
     return found

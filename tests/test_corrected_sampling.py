@@ -318,6 +318,7 @@ def test_wrong_schedulers() -> None:
 
 def test_the_scheduler_of_the_caller_stays_as_it_is() -> None:
     mine = sampler("ddim")
+    assert type(qe.corrected_scheduler(qe.corrected_scheduler(mine, corrected()), corrected())).__mro__[1] is type(mine)
     other = qe.corrected_scheduler(mine, corrected())
     other.set_timesteps(STEPS)
     assert type(mine) is DDIMScheduler and mine.num_inference_steps is None

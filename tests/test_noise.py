@@ -156,6 +156,15 @@ def test_output_tables_are_those_of_the_moments(method: str, table: Any) -> None
     assert model().correction is None and bool((model().table.output_scale == 1).all()), "the first one is unchanged"
 
 
+def test_ptqd_without_the_clamp() -> None:
+    """The quantised prediction of this network falls short of the float one: k < 0, and only the free k removes it."""
+    measured = moments(noise(), "A8")
+    assert bool((measured.k < 0).all())
+    free, clamped = correct("ptqd", clamp=False), correct("ptqd")
+    assert torch.equal(free.table.output_scale, ptqd(measured, clamp=False).a.float())
+    assert bool((clamped.table.output_scale == 1).all()) and bool((free.table.output_scale > 1).all())
+
+
 def test_mmse_lowers_the_error_of_every_row() -> None:
     corrected = correct("mmse")
     for (e, quantized), timestep in zip(pairs("w4a8"), noise().timesteps, strict=True):
@@ -217,8 +226,38 @@ def test_the_variance_schedule_of_a_stochastic_sampler() -> None:
         scale = math.sqrt(max(0.0, variance - ce**2 * float(left[row])) / variance) if variance > 1e-12 else 1.0
         assert float(corrected.correction.sigma_scale[row]) == pytest.approx(scale, rel=1e-3, abs=1e-3)
     assert bool((corrected.correction.sigma_scale < 1).any())
-    still = correct("ptqd+vsc")
+    with pytest.warns(UserWarning, match=r"\+vsc does nothing, this sampler adds no noise"):
+        still = correct("ptqd+vsc")
     assert still.correction is not None and still.correction.only_output
+
+
+def test_a_clipping_sampler_is_told_of() -> None:
+    unet, scheduler = networks.network(NAME), networks.ddim(clip_sample=True)
+    calibration = qe.calibrate(unet, scheduler, shape=SHAPE, steps=3, samples=2, eta=1.0)
+    quantised = qe.quantize(unet, calibration, qe.Recipe.named("w4a8"))
+    found = qe.measure_noise(quantised, unet, scheduler, SHAPE, samples=2)
+    with pytest.warns(UserWarning, match=r"\+vsc is approximate, the sampler clips the predicted sample"):
+        qe.correct(quantised, unet, scheduler, found, "none+vsc", shape=SHAPE)
+
+
+def test_keys_of_strangers_never_fit() -> None:
+    """A key without the fields that must agree is another setting, not a fitting one."""
+    from qdiff_engine.samplers import differences, sampler_key
+
+    mine = sampler_key(networks.ddim(), STEPS, 0.0, None)
+    assert differences(mine, mine) == []
+    for key in (
+        {},
+        {**mine, "scheduler": None},
+        {**mine, "scheduler": {}},
+        {**mine, "steps": "4"},
+        {**mine, "eta": []},
+    ):
+        assert differences(key, mine)
+    for changes in ({"steps": None}, {"eta": "0"}):
+        strange = dataclasses.replace(noise(), key={**noise().key, **changes})
+        with pytest.raises(ValueError, match="noise has no valid key"):
+            correct("ptqd", noise=strange)
 
 
 def test_rollouts_resume(tmp_path: Path) -> None:

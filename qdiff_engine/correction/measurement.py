@@ -67,7 +67,7 @@ def measure_noise(
         ValueError: an argument out of range, another network or sampler than the calibrated one, NaN in a prediction.
         TypeError: ``model`` or ``unet`` of the wrong kind.
     """
-    _check_models(model, unet)
+    check_models(model, unet)
     shape_ = sample_shape(unet, shape)
     steps = int(model.key["steps"]) if steps is None else steps
     eta = float(model.key["eta"]) if eta is None else eta
@@ -81,7 +81,7 @@ def measure_noise(
     alpha_bar = _alpha_bar(ready, model.table.timesteps)
     checkpoint = None
     if cache_dir is not None:
-        checkpoint = Checkpoint.open(cache_dir, {**key, **_progress_key(model, contenders), "shape": list(shape_)})
+        checkpoint = Checkpoint.open(cache_dir, {**key, **progress_key(model, contenders), "shape": list(shape_)})
     meter = _Meter(contenders, rows, model.table.output_scale.shape[1], guidance, batch, checkpoint, on_step)
     with evaluating(unet), model.correcting(False):
         denoise(
@@ -148,7 +148,8 @@ def calibrated_rows(model: IntegerUNet, scheduler: Any) -> dict[float, int]:
     return {timestep: r for r, timestep in enumerate(table.timesteps)}
 
 
-def _check_models(model: Any, unet: Any) -> None:
+def check_models(model: Any, unet: Any) -> None:
+    """Raise unless ``model`` is an integer model, and made from ``unet``."""
     if not isinstance(model, IntegerUNet):
         raise TypeError(f"model must be an IntegerUNet, got {type(model).__name__}")
     if not isinstance(unet, nn.Module):
@@ -183,7 +184,7 @@ def _contenders(
     return found
 
 
-def _progress_key(model: IntegerUNet, contenders: dict[str, tuple[IntegerUNet, frozenset[int]]]) -> dict[str, Any]:
+def progress_key(model: IntegerUNet, contenders: dict[str, tuple[IntegerUNet, frozenset[int]]]) -> dict[str, Any]:
     """What tells one quantised model's measurement from another's."""
     tables = {mode: [m.table.scale, m.table.zero_point, m.table.bits] for mode, (m, _) in contenders.items()}
     parts = [w for layer in sorted(model.weights) for w in model.weights[layer]]

@@ -39,12 +39,18 @@ def corrected_scheduler(
     for attribute in ("config", "set_timesteps", "step", "num_inference_steps"):
         if not hasattr(scheduler, attribute):
             raise TypeError(f"scheduler must be a diffusers scheduler, got {type(scheduler).__name__}")
-    mine = copy.copy(scheduler)
-    mine.__class__ = _corrected_class(type(scheduler))
-    mine._corrections = _State(type(scheduler), model, guidance_scale, strict)
+    mine, kind = copy.copy(scheduler), _kind(scheduler)
+    mine.__class__ = _corrected_class(kind)
+    mine._corrections = _State(kind, model, guidance_scale, strict)
     if mine.num_inference_steps is not None:
         mine._corrections.check(mine)
     return mine
+
+
+def _kind(scheduler: Any) -> Any:
+    """The scheduler's class, below the one that this module may have made of it."""
+    kind: Any = type(scheduler)
+    return kind.__mro__[1] if hasattr(kind, "_corrections") else kind
 
 
 class _State:
@@ -59,7 +65,7 @@ class _State:
     def check(self, scheduler: Any) -> None:
         """Switch everything on or off for the steps that are set; eta is known at a step."""
         assert self.model.correction is not None
-        steps, eta = scheduler.num_inference_steps, float(self.model.correction.key["eta"])
+        steps, eta = scheduler.num_inference_steps, self.model.correction.key.get("eta", 0.0)
         key = sampler_key(scheduler, steps, eta, self.guidance_scale)
         key["scheduler"]["class"] = self.kind.__name__
         reasons = mismatches(self.model, key)
@@ -122,7 +128,7 @@ def _check_step(state: _State, arguments: dict[str, Any]) -> None:
     if not state.on:
         return
     eta = float(arguments.get("eta", 0.0))
-    expected = float(state.model.correction.key["eta"])
+    expected = state.model.correction.key.get("eta")
     if eta != expected:
         state.switch(False, f"eta {eta}, not {expected}")
     elif arguments.get("use_clipped_model_output"):
