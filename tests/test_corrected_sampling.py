@@ -324,6 +324,17 @@ def test_the_scheduler_of_the_caller_stays_as_it_is() -> None:
     assert type(mine) is DDIMScheduler and mine.num_inference_steps is None
 
 
+def test_a_corrected_scheduler_saves_as_the_plain_one(tmp_path: Path) -> None:
+    scheduler = qe.corrected_scheduler(sampler("ddim"), corrected())
+    scheduler.save_pretrained(tmp_path)
+    again = DDIMScheduler.from_pretrained(tmp_path)
+    assert type(again) is DDIMScheduler and again.config.clip_sample is False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = [draw(corrected(), s, strict=True) for s in (scheduler, sampler("ddim"))]
+    assert torch.equal(*images), "qe.sample corrects once, whichever of the two it is given"
+
+
 def test_with_table_leaves_the_first_model_alone() -> None:
     """Two models over the same packed weights: neither sees the other's table, switch or caches."""
     model, x = networks.rebuilt(networks.integer_model("class", "w4a8")), normal(2, 3, 16, 16)

@@ -67,7 +67,6 @@ class _State:
         assert self.model.correction is not None
         steps, eta = scheduler.num_inference_steps, self.model.correction.key.get("eta", 0.0)
         key = sampler_key(scheduler, steps, eta, self.guidance_scale)
-        key["scheduler"]["class"] = self.kind.__name__
         reasons = mismatches(self.model, key)
         self.switch(not reasons, "; ".join(reasons))
 
@@ -119,7 +118,8 @@ def _corrected_class(kind: Any) -> Any:
     members: dict[str, Any] = {"set_timesteps": set_timesteps, "step": step, "_corrections": None}
     if kind.__name__ == "DDPMScheduler":
         members["_get_variance"] = variance
-    return type(f"Corrected{kind.__name__}", (kind,), members)
+    # by the name of its class a pipeline saves a scheduler, and finds it again
+    return type(kind.__name__, (kind,), {**members, "__module__": kind.__module__})
 
 
 def _check_step(state: _State, arguments: dict[str, Any]) -> None:
