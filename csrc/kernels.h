@@ -45,6 +45,24 @@ void groupnorm_silu_quantize(const GroupNorm& norm);
 void layernorm_quantize(const float* x, int64_t rows, int64_t features, const float* weight, const float* bias,
                         double eps, float* float_out, uint8_t* integer_out, const Quantizer& quantizer);
 
+// What the network predicts, where the sampler clips the sample that follows from it; else it is used as it is.
+enum class Prediction : int { unclipped = 0, epsilon = 1, v = 2, sample = 3 };
+
+struct DenoiseStep {
+    const float* x;           // [N, C, P]
+    const float* cond;        // [N, C, P]
+    const float* uncond;      // [N, C, P] or null
+    const float* noise;       // [N, C, P] or null
+    const float* a;           // [C] or null
+    const float* b;           // [C] or null
+    const float* input_bias;  // [C] or null
+    float* out;               // [N, C, P]
+    int64_t batch, channels, pixels;
+    Prediction prediction;
+    float cx, c0, ce, sigma, signal, deviation, clip, guidance;
+};
+void denoise_step(const DenoiseStep& step);
+
 // y[n, p, c] += temb[n, c] + residual[n, p, c], each of them or null.
 void add(float* y, int64_t batch, int64_t pixels, int64_t channels, const float* residual, const float* temb);
 

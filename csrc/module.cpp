@@ -169,6 +169,27 @@ void bind_conv2d(Address q, bool unsigned_storage, Address panels, const std::ar
     int_conv2d(pointer<const uint8_t>(q), unsigned_storage, pointer<const int16_t>(panels), conv, output);
 }
 
+void bind_denoise_step(const std::array<Address, 8>& tensors, const std::array<int64_t, 3>& shape, int prediction,
+                       const std::array<float, 8>& constants) {
+    require(prediction >= 0 && prediction <= 3, "prediction must be 0 to 3");
+    require(shape[0] >= 0 && shape[1] > 0 && shape[2] >= 0, "sizes must not be negative");
+    DenoiseStep step{};
+    step.x = pointer<const float>(tensors[0]);
+    step.cond = pointer<const float>(tensors[1]);
+    step.uncond = pointer<const float>(tensors[2]);
+    step.noise = pointer<const float>(tensors[3]);
+    step.a = pointer<const float>(tensors[4]);
+    step.b = pointer<const float>(tensors[5]);
+    step.input_bias = pointer<const float>(tensors[6]);
+    step.out = pointer<float>(tensors[7]);
+    step.batch = shape[0], step.channels = shape[1], step.pixels = shape[2];
+    step.prediction = static_cast<Prediction>(prediction);
+    step.cx = constants[0], step.c0 = constants[1], step.ce = constants[2], step.sigma = constants[3];
+    step.signal = constants[4], step.deviation = constants[5], step.clip = constants[6], step.guidance = constants[7];
+    py::gil_scoped_release release;
+    denoise_step(step);
+}
+
 void bind_pack_panels(Address weight, Address panels, int64_t groups, int64_t n, int64_t k) {
     require(groups > 0 && n > 0 && k > 0, "sizes must be positive");
     py::gil_scoped_release release;
@@ -217,6 +238,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("groupnorm_silu_quantize", bind_groupnorm);
     m.def("attention", bind_attention);
     m.def("layernorm_quantize", bind_layernorm);
+    m.def("denoise_step", bind_denoise_step);
     m.def("add", bind_add);
     m.def("int_gemm", bind_gemm);
     m.def("int_conv2d", bind_conv2d);

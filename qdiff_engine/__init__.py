@@ -17,6 +17,9 @@ _WHERE = {
     "sample": "sampling",
     "bench": "benchmarking",
     "compare": "evaluation",
+    "measure_noise": "correction.measurement",
+    "correct": "correction.estimation",
+    "corrected_scheduler": "correction.schedulers",
     "count_bops": "bops",
 }
 __all__ = sorted(_WHERE)
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from .bops import count_bops as count_bops
     from .calibration.calibration import Calibration as Calibration
     from .calibration.calibration import calibrate as calibrate
+    from .correction.estimation import correct as correct
+    from .correction.measurement import measure_noise as measure_noise
+    from .correction.schedulers import corrected_scheduler as corrected_scheduler
     from .evaluation import compare as compare
     from .quantization import quantize as quantize
     from .recipe import Recipe as Recipe

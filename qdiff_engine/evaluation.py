@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibration.calibration import sample_shape
-from .sampling import Conditioning, Guidance, Step, check_count, denoise, initial_noise
+from .sampling import Conditioning, Guidance, Step, check_count, corrections, denoise, initial_noise
 
 LIMIT_DB = 200.0  # stands for equality, which has no finite value in decibels
 _PIXEL_CHANNELS = (1, 3)
@@ -84,6 +84,8 @@ def compare(
     conditioning: Conditioning = None,
     batch: int = 16,
     pixels: bool | None = None,
+    correction: bool = True,
+    strict: bool = False,
     on_step: OnStep | None = None,
 ) -> Comparison:
     """Sample the float ``unet`` and the ``model`` from the same noise, and measure their distance.
@@ -95,6 +97,7 @@ def compare(
         model: an `IntegerUNet`, or anything called like ``unet``.
         shape: (C, H, W); taken from ``unet.config`` when it is there.
         pixels: whether the final samples are images in [-1, 1] rather than latents; by default, 1 or 3 channels are.
+        correction, strict: whether the model's corrections are applied, as for `sampling.sample`.
         on_step: called as ``on_step(name, step)`` after every step, with the name "float" or "model".
         steps, samples, seed, eta, guidance_scale, unconditional, conditioning, batch: as for `sampling.sample`.
 
@@ -115,6 +118,8 @@ def compare(
         conditioning=conditioning,
         batch=batch,
         pixels=pixels,
+        correction=correction,
+        strict=strict,
         on_step=on_step,
     )
     return results["model"]
@@ -136,6 +141,8 @@ def compare_all(
     conditioning: Conditioning = None,
     batch: int = 16,
     pixels: bool | None = None,
+    correction: bool = True,
+    strict: bool = False,
     on_step: OnStep | None = None,
 ) -> dict[str, Comparison]:
     """`compare` for several models, which share one float trajectory."""
@@ -158,12 +165,20 @@ def compare_all(
         if on_step is not None:
             on_step("float", step)
 
-    with evaluating(unet):
-        reference = denoise(unet, scheduler, noise, on_step=follow, **keywords)
     pixels = size[0] in _PIXEL_CHANNELS if pixels is None else pixels
     results = {}
-    for name, model in models.items():
-        errors, images = _own_trajectory(name, model, scheduler, noise, path, keywords, on_step)
+    with contextlib.ExitStack() as stack:
+        setting = (scheduler, steps, eta, guidance_scale, correction, strict)
+        applied = {name: stack.enter_context(corrections(model, *setting)) for name, model in models.items()}
+        with evaluating(unet):
+            reference = denoise(unet, scheduler, noise, on_step=follow, **keywords)
+        trajectories = {
+            name: _own_trajectory(
+                name, model, scheduler, noise, path, {**keywords, "correction": applied[name]}, on_step
+            )
+            for name, model in models.items()
+        }
+    for name, (errors, images) in trajectories.items():
         finite = bool(torch.isfinite(images).all())
         psnr = tuple(image_psnr(images, reference, pixels))
         results[name] = Comparison(psnr, sqnr[name], errors, finite, timesteps, reference, images)

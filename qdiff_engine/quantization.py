@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -30,7 +31,8 @@ def quantize(
     Args:
         unet: the module that ``calibration`` was made with; checked by the hash of its parameters.
         calibration: statistics of every quantiser's input; they serve any recipe.
-        recipe: precisions, observer, row grouping, plan.
+        recipe: precisions, observer, row grouping, plan. Its ``correct`` is for `qdiff_engine.correct`, a later step
+            that needs the sampler; here it only warns.
         on_layer: called with each layer's name once its weights are integers, for progress.
 
     Raises:
@@ -50,6 +52,13 @@ def quantize(
             on_layer(node.kwargs["layer"])
     graph = without_weights(captured)
     constants = {key: parameters[key] for key in sorted({key for node in graph.nodes for key in node.consts()})}
+    if recipe.correct != "none":
+        warnings.warn(
+            f"recipe asks for correct={recipe.correct!r}, which needs the sampler: call measure_noise(model, unet, "
+            "scheduler) and correct(model, unet, scheduler, noise)",
+            UserWarning,
+            stacklevel=2,
+        )
     return IntegerUNet(
         graph=graph,
         weights=weights,

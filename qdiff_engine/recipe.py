@@ -14,6 +14,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "weights": ("nearest", "gptq"),
     "edges": ("a16", "a8"),
 }
+_CORRECT = re.compile(r"(none|ptqd|mmse|ner)(\+ibc)?(\+vsc)?")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Recipe:
             (each rounding error made good by the weights still to come).
         observer: how a range is read off the statistics: "minmax", "percentile" or "mse".
         rows: which rows share a range: "step" (none), "group:K" (K neighbours) or "static" (all).
+        correct: what is done about the quantisation noise, see `qdiff_engine.correct`: "none", "ptqd", "mmse" or "ner"
+            for the output, with "+ibc" (input bias) and "+vsc" (the sampler's variance) appended, in this order.
         edges: "a16" keeps the first layer's activations floating, "a8" quantises them to 8 bits.
 
     Raises:
@@ -41,6 +44,7 @@ class Recipe:
     observer: str = "mse"
     rows: str = "step"
     edges: str = "a16"
+    correct: str = "none"
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -56,6 +60,7 @@ class Recipe:
         elif self.plan != "uniform":
             raise ValueError(f"plan must be 'uniform' or a sequence of modes, got {self.plan!r}")
         self.row_group()
+        check_correct(self.correct)
 
     def row_group(self) -> int:
         """How many neighbouring rows share one range; 0 means all of them."""
@@ -89,6 +94,18 @@ class Recipe:
         values = dataclasses.asdict(self)
         values["plan"] = list(self.plan) if isinstance(self.plan, tuple) else self.plan
         return values
+
+
+def check_correct(value: Any) -> tuple[str, bool, bool]:
+    """(method for the output, whether the input bias, whether the variance is corrected) of a ``correct`` field.
+
+    Raises:
+        ValueError: it is none of the valid forms.
+    """
+    found = _CORRECT.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError(f"correct must be none, ptqd, mmse or ner, with '+ibc' and '+vsc' appended, got {value!r:.50}")
+    return found[1], found[2] is not None, found[3] is not None
 
 
 NAMED: dict[str, dict[str, Any]] = {

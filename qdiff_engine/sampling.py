@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .samplers import Stepper, mismatches, sampler_key
+from .samplers import check_count as check_count
+from .samplers import prepared as prepared
+from .samplers import step_arguments as step_arguments
+from .tables import Correction
 
 Conditioning = Mapping[str, Any] | Callable[[int], Mapping[str, Any]] | None
 
@@ -30,52 +36,12 @@ class Step:
     previous: Tensor  # [n, C, H, W], the latents after the scheduler's step
 
 
-def check_count(name: str, value: Any, least: int = 1) -> int:
-    """``value`` as an int of at least ``least``, or an error that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
-
-
 def check_shape(shape: Any, rank: int, name: str = "shape") -> tuple[int, ...]:
     """``shape`` as a tuple of ``rank`` positive integers."""
     expected = "(n, C, H, W)" if rank == 4 else "(C, H, W)"
     if not isinstance(shape, tuple | list | torch.Size) or len(shape) != rank:
         raise ValueError(f"{name} must be {expected}, got {shape!r}")
     return tuple(check_count(f"{name}[{i}]", size) for i, size in enumerate(shape))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """diffusers announces unused configuration keys when a scheduler is copied; here that is expected."""
-    logger = logging.getLogger("diffusers.configuration_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def prepared(scheduler: Any, steps: int) -> Any:
-    """A copy of ``scheduler`` with ``steps`` timesteps set; the caller's own is left as it is."""
-    check_count("steps", steps)
-    for attribute in ("config", "set_timesteps", "step"):
-        if not hasattr(scheduler, attribute):
-            raise TypeError(
-                f"scheduler must be a diffusers scheduler, got {type(scheduler).__name__} without {attribute!r}"
-            )
-    with _quiet():
-        mine = type(scheduler).from_config(scheduler.config)
-    limit = mine.config.get("num_train_timesteps", steps)
-    if steps > limit:
-        raise ValueError(f"steps must be at most the scheduler's {limit} training timesteps, got {steps}")
-    if mine.config.get("thresholding", False):
-        raise ValueError("scheduler uses dynamic thresholding, which the engine does not run; set thresholding=False")
-    mine.set_timesteps(steps)
-    return mine
 
 
 def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -149,32 +115,40 @@ class Guidance:
 
     def prediction(self, unet: Any, sample: Tensor, timestep: float, samples: range) -> Tensor:
         """The guided prediction for these samples."""
+        return self.combined(*self.branches(unet, sample, timestep, samples))
+
+    def branches(self, unet: Any, sample: Tensor, timestep: float, samples: range) -> tuple[Tensor, Tensor | None]:
+        """(conditional, unconditional) predictions, from one call; without guidance the latter is None."""
         conditional = conditioning_for(self.conditioning, samples)
         if self.scale is None:
-            return predict(unet, sample, timestep_tensor(timestep, len(sample)), conditional)
+            return predict(unet, sample, timestep_tensor(timestep, len(sample)), conditional), None
         both = _both(conditioning_for(self.unconditional, samples), conditional)
         output = predict(unet, torch.cat([sample, sample]), timestep_tensor(timestep, 2 * len(sample)), both)
         without, with_ = output.chunk(2)
-        return without + self.scale * (with_ - without)
+        return with_, without
+
+    def in_batches(self, unet: Any, sample: Tensor, timestep: float, batch: int) -> tuple[Tensor, Tensor | None]:
+        """`branches` of all samples [n, C, H, W], ``batch`` a call; float32 on the CPU."""
+        chunks = [range(j, min(j + batch, len(sample))) for j in range(0, len(sample), batch)]
+        parts = [self.branches(unet, sample[c.start : c.stop], timestep, c) for c in chunks]
+        with_, without = (
+            None if side[0] is None else torch.cat([part.float().cpu() for part in side])
+            for side in zip(*parts, strict=True)
+        )
+        assert with_ is not None
+        return with_, without
+
+    def combined(self, conditional: Tensor, unconditional: Tensor | None) -> Tensor:
+        """e = e_u + scale (e_c - e_u)."""
+        if self.scale is None or unconditional is None:
+            return conditional
+        return unconditional + self.scale * (conditional - unconditional)
 
 
 def timestep_tensor(value: float, batch: int) -> Tensor:
     """[batch] copies of a timestep: int64 where it is whole, float32 where a sampler asks between two steps."""
     whole = float(value).is_integer()
     return torch.full((batch,), int(value) if whole else value, dtype=torch.int64 if whole else torch.float32)
-
-
-def step_arguments(scheduler: Any, eta: float, seed: int, n: int) -> dict[str, Any]:
-    """What the scheduler's step takes beside the latents: eta, and one generator per sample; eta is checked."""
-    parameters = inspect.signature(scheduler.step).parameters
-    if not 0.0 <= eta <= 1.0:
-        raise ValueError(f"eta must lie in [0, 1], got {eta}")
-    if eta > 0 and "eta" not in parameters:
-        raise ValueError(f"eta = {eta} needs a scheduler whose step takes it, as DDIM; got {type(scheduler).__name__}")
-    arguments: dict[str, Any] = {"eta": eta} if "eta" in parameters else {}
-    if "generator" in parameters:  # one per sample: a batch size never changes an image
-        arguments["generator"] = [torch.Generator().manual_seed((seed * 1_000_003 + j + 1) % 2**63) for j in range(n)]
-    return arguments
 
 
 def denoise(
@@ -188,6 +162,7 @@ def denoise(
     guidance: Guidance | None = None,
     batch: int = 16,
     recorded: Mapping[int, Tensor] | None = None,
+    correction: Correction | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Tensor:
     """x_T -> x_0: run the scheduler's loop over ``latents`` [n, C, H, W] and return the final latents.
@@ -198,34 +173,62 @@ def denoise(
         steps, eta: of the sampler. ``seed`` drives the noise of stochastic steps, one stream per sample.
         batch: samples per UNet call (twice as many rows with guidance).
         recorded: predictions known from an earlier, interrupted run, by step index; not computed again.
+        correction: input bias and calibrated noise of every row, for DDIM and DDPM.
         on_step: called after every step.
+
+    DDIM and DDPM steps are one operator, `ops.denoise_step`: guidance, update, noise, input bias. Other samplers step
+    by themselves.
 
     Raises:
         ValueError: an argument out of range, or NaN in the latents or in a prediction.
     """
-    scheduler = prepared(scheduler, steps)
+    guidance, recorded = guidance or Guidance(), recorded or {}
+    stepper = Stepper(scheduler, steps, eta, seed, len(latents), guidance.scale, correction)
     check_count("batch", batch)
     if not bool(torch.isfinite(latents).all()):
         raise ValueError("latents hold NaN or infinity")
-    guidance, recorded = guidance or Guidance(), recorded or {}
-    arguments = step_arguments(scheduler, eta, seed, len(latents))
-    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-    timesteps = list(scheduler.timesteps)
-    for i, timestep in enumerate(timesteps):
-        value = float(timestep)
-        received = scheduler.scale_model_input(latents, timestep)
-        prediction = recorded.get(i)
-        if prediction is None:
-            chunks = [range(j, min(j + batch, len(latents))) for j in range(0, len(latents), batch)]
-            prediction = torch.cat(
-                [guidance.prediction(unet, received[c.start : c.stop], value, c).float().cpu() for c in chunks]
-            )
-            if not bool(torch.isfinite(prediction).all()):
-                raise ValueError(f"the UNet predicted NaN or infinity at step {i} (timestep {value:g})")
-        latents = scheduler.step(prediction, timestep, latents, **arguments).prev_sample
+    latents = latents * stepper.initial_scale
+    for i, value in enumerate(stepper.timesteps):
+        received = stepper.received(i, latents)
+        known = recorded.get(i)
+        branches = guidance.in_batches(unet, received, value, batch) if known is None else (known, None)
+        if not all(bool(torch.isfinite(e).all()) for e in branches if e is not None):
+            raise ValueError(f"the UNet predicted NaN or infinity at step {i} (timestep {value:g})")
+        latents = stepper.step(i, latents, *branches)
         if on_step is not None:
-            on_step(Step(i, len(timesteps), value, received, prediction, latents))
+            prediction = guidance.combined(*branches)
+            on_step(Step(i, len(stepper.timesteps), value, received, prediction, latents))
     return latents
+
+
+@contextlib.contextmanager
+def corrections(
+    model: Any,
+    scheduler: Any,
+    steps: int,
+    eta: float,
+    guidance_scale: float | None,
+    on: bool = True,
+    strict: bool = False,
+) -> Iterator[Correction | None]:
+    """The corrections of ``model`` that fit a sampler, and its output corrected or not for the length of the block.
+
+    Raises:
+        ValueError: with ``strict``, corrections that do not fit; otherwise one warning, and they are off.
+    """
+    found = getattr(model, "correction", None)
+    if found is None:
+        yield None
+        return
+    reasons = mismatches(model, sampler_key(scheduler, steps, eta, guidance_scale)) if on else []
+    if reasons:
+        message = f"the model's corrections ({found.method}) are for another setting: {'; '.join(reasons)}"
+        if strict:
+            raise ValueError(message)
+        warnings.warn(f"{message}; they are off", UserWarning, stacklevel=4)
+    applied = on and not reasons
+    with model.correcting(applied):
+        yield found if applied else None
 
 
 @torch.no_grad()
@@ -241,6 +244,8 @@ def sample(
     unconditional: Conditioning = None,
     conditioning: Conditioning = None,
     batch: int = 16,
+    correction: bool = True,
+    strict: bool = False,
     on_step: Callable[[Step], None] | None = None,
 ) -> Tensor:
     """Images (or latents) [n, C, H, W] drawn with ``model``; the same seed gives the same images for any ``batch``.
@@ -251,10 +256,25 @@ def sample(
         shape: (n, C, H, W).
         conditioning: the UNet's keyword arguments, tensors cycled over the samples or a callable from sample index.
         guidance_scale, unconditional: classifier-free guidance and its unconditional keyword arguments.
+        correction: apply the model's corrections where their key fits this sampler; False leaves them off.
+        strict: raise where they do not fit, instead of warning and leaving them off.
+
+    Raises:
+        ValueError: an argument out of range, NaN, or with ``strict`` corrections for another sampler.
     """
     n, *image = check_shape(shape, 4)
     noise = initial_noise((n, *image), check_count("seed", seed, least=0))
     guidance = Guidance(guidance_scale, unconditional, conditioning)
-    return denoise(
-        model, scheduler, noise, steps=steps, seed=seed, eta=eta, guidance=guidance, batch=batch, on_step=on_step
-    )
+    with corrections(model, scheduler, steps, eta, guidance_scale, correction, strict) as found:
+        return denoise(
+            model,
+            scheduler,
+            noise,
+            steps=steps,
+            seed=seed,
+            eta=eta,
+            guidance=guidance,
+            batch=batch,
+            correction=found,
+            on_step=on_step,
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from . import numerics
 
 MODES = ("A4", "A8", "A16")
 MODE_BITS = {"A4": 4, "A8": 8, "A16": 16}
+NOISE_SUMS = 15  # of e^i (e_hat - e)^j, i + j <= 4
 
 
 @dataclass(frozen=True)
@@ -81,3 +83,86 @@ class Table:
     def row(self, timestep: float) -> int:
         """Index of the calibrated row nearest to ``timestep``; halfway goes to the smaller timestep."""
         return len(self.timesteps) - 1 - bisect.bisect_left(self._midpoints, timestep)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What a corrected model gives its sampler, by row: x' gets B[r, c] added and its noise scaled by s'[r] / s[r].
+
+    The output's affine map is in the `Table`; ``method`` and ``key`` speak of it, too.
+
+    Args:
+        method: "ptqd", "mmse+ibc", ...: what was estimated, see `Recipe`.
+        key: what it is valid for: checkpoint hash, sampler, steps, eta, guidance, prediction type, bits.
+        timesteps: of the rows, descending, as in the table.
+        input_bias: float32 [R, C], B; zero where no bias is corrected.
+        sigma_scale: float32 [R], s' / s in [0, 1]; one where no noise is calibrated.
+
+    Raises:
+        ValueError: a tensor of the wrong shape or dtype, or with a value outside its range.
+    """
+
+    method: str
+    key: dict[str, Any]
+    timesteps: tuple[float, ...]
+    input_bias: Tensor
+    sigma_scale: Tensor
+    has_input_bias: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        rows = len(self.timesteps)
+        for name, value, rank in (("input_bias", self.input_bias, 2), ("sigma_scale", self.sigma_scale, 1)):
+            if value.dtype != torch.float32 or value.dim() != rank or len(value) != rows:
+                raise ValueError(f"{name} must be float32 with {rows} rows, got {value.dtype} {list(value.shape)}")
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name} must be finite")
+        if bool((self.sigma_scale < 0).any()) or bool((self.sigma_scale > 1).any()):
+            raise ValueError("sigma_scale must lie in [0, 1]")
+        object.__setattr__(self, "has_input_bias", bool((self.input_bias != 0).any()))
+
+    @property
+    def only_output(self) -> bool:
+        """Whether the sampler's step stays as it is."""
+        return not self.has_input_bias and bool((self.sigma_scale == 1).all())
+
+    def row(self, timestep: float) -> int:
+        """Index of the row nearest to ``timestep``."""
+        return min(range(len(self.timesteps)), key=lambda r: abs(self.timesteps[r] - timestep))
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What `measure_noise` found: sums over e and e_hat - e for every mode and row, see `correction.moments.Moments`.
+
+    Args:
+        key: what was measured: checkpoint hash, sampler, steps, eta, guidance, prediction type, bits, samples, seed.
+        timesteps: of the rows, descending, as in the table.
+        modes: the measured activation modes, the first axis of the sums.
+        sums: float64 [M, R, C, 15]; a row that was not measured in a mode has count 0.
+        alpha_bar: float64 [R], the schedule's cumulative product at every row; signal to noise of the latents is
+            alpha_bar / (1 - alpha_bar).
+
+    Raises:
+        ValueError: a tensor of the wrong shape or dtype, or with a value outside its range.
+    """
+
+    key: dict[str, Any]
+    timesteps: tuple[float, ...]
+    modes: tuple[str, ...]
+    sums: Tensor
+    alpha_bar: Tensor
+
+    def __post_init__(self) -> None:
+        rows = len(self.timesteps)
+        if not self.modes or len(set(self.modes)) != len(self.modes) or not set(self.modes) <= set(MODES):
+            raise ValueError(f"modes must be some of {', '.join(MODES)}, got {self.modes}")
+        shape = (len(self.modes), rows)
+        found = tuple(self.sums.shape)
+        if self.sums.dtype != torch.float64 or len(found) != 4 or (*found[:2], found[3]) != (*shape, NOISE_SUMS):
+            raise ValueError(f"sums must be float64 [{shape[0]}, {rows}, C, {NOISE_SUMS}], got {list(found)}")
+        if self.alpha_bar.dtype != torch.float64 or tuple(self.alpha_bar.shape) != (rows,):
+            raise ValueError(f"alpha_bar must be float64 [{rows}], got {list(self.alpha_bar.shape)}")
+        if not bool(torch.isfinite(self.sums).all()) or bool((self.sums[..., 0] < 0).any()):
+            raise ValueError("sums must be finite, and counts at least 0")
+        if not bool(((self.alpha_bar >= 0) & (self.alpha_bar <= 1)).all()):
+            raise ValueError("alpha_bar must lie in [0, 1]")

@@ -25,11 +25,13 @@ LAYERS = (
     {"version", "numerics", "tables", "weights", "recipe"},
     {"reference", "_C"},
     {"ops"},
-    {"graph", "sampling", "rounding"},
-    {"runtime", "calibration", "quantization", "evaluation", "models", "pictures", "bops"}
-    | {"measuring", "baselines", "benchmarking"},
+    {"graph", "samplers", "sampling", "rounding"},
+    {
+        "runtime", "calibration", "quantization", "correction", "evaluation", "measuring", "baselines", "benchmarking",
+        "models", "pictures", "bops",
+    },
     {"cli"},
-)
+)  # fmt: skip
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 

@@ -14,6 +14,7 @@ from ..graph.capture import Capture, capture
 from ..graph.fuse import fuse
 from ..graph.interpret import flatten_conditioning, run_float
 from ..recipe import Recipe
+from ..samplers import sampler_key
 from ..sampling import (
     Conditioning,
     Guidance,
@@ -74,26 +75,15 @@ def calibration_key(
     model_hash: str, scheduler: Any, steps: int, samples: int, seed: int, eta: float, guidance: Guidance
 ) -> dict[str, Any]:
     """The JSON key that statistics and corrections carry."""
-    config = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_") or k == "_class_name"}
     first = conditioning_for(guidance.conditioning, range(samples))
     without = conditioning_for(guidance.unconditional, range(samples)) if guidance.scale is not None else {}
     return {
         "model_hash": model_hash,
-        "scheduler": {"class": type(scheduler).__name__, **{k: _json(v) for k, v in sorted(config.items())}},
-        "prediction_type": str(config.get("prediction_type", "epsilon")),
-        "steps": steps,
-        "eta": float(eta),
-        "guidance_scale": None if guidance.scale is None else float(guidance.scale),
+        **sampler_key(scheduler, steps, eta, guidance.scale),
         "samples": samples,
         "seed": seed,
         "conditioning": fingerprint([first, without]) if first else None,
     }
-
-
-def _json(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_json(v) for v in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def captured(unet: nn.Module, shape: tuple[int, ...], guidance: Guidance) -> Capture:
@@ -232,12 +222,7 @@ class _Recorder:
 
     def resume(self, count: int) -> dict[int, Tensor]:
         """Predictions of the steps that an earlier run finished, from the first on without a gap."""
-        for step in range(count if self.checkpoint else 0):
-            assert self.checkpoint is not None
-            tensors = self.checkpoint.load(step)
-            if tensors is None:
-                break
-            self.done[step] = tensors
+        self.done = {} if self.checkpoint is None else self.checkpoint.finished(count)
         self._start(len(self.done))
         return {step: tensors["prediction"] for step, tensors in self.done.items()}
 

@@ -75,6 +75,16 @@ class Checkpoint:
             path.unlink()
             return None
 
+    def finished(self, count: int) -> dict[int, dict[str, Tensor]]:
+        """The tensors of the steps that an earlier run finished, of ``count``, from the first on without a gap."""
+        found: dict[int, dict[str, Tensor]] = {}
+        for step in range(count):
+            tensors = self.load(step)
+            if tensors is None:
+                break
+            found[step] = tensors
+        return found
+
     def remove(self) -> None:
         """Delete the folder: the work is done and lives elsewhere."""
         shutil.rmtree(self.folder)

@@ -26,6 +26,7 @@ from .options import (
 from .output import Output, megabytes
 
 _SHOWN_LAYERS = 12
+CORRECTION_SEED = 10_000  # added to --seed: corrections see other trajectories than calibration and pictures
 
 
 @click.command(cls=Command)
@@ -47,6 +48,14 @@ _SHOWN_LAYERS = 12
 @click.option("--rows", default="step", show_default=True, help="Rows that share a range: step, group:K or static.")
 @click.option("--edges", default="a16", show_default=True, help="First layer's activations: a16 (floating) or a8.")
 @click.option("--plan", default="uniform", show_default=True, help="'uniform', or a JSON file: each row's mode.")
+@click.option(
+    "--correct",
+    "correction",
+    default="none",
+    show_default=True,
+    help="Quantisation noise removed at run time: none, ptqd, mmse or ner, with '+ibc' and '+vsc' appended.",
+)
+@count_option("--correct-samples", 256, "Trajectories that --correct measures the noise on.")
 @sampling_options
 @machine_options
 @pass_output
@@ -64,6 +73,8 @@ def calibrate(
     rows: str,
     edges: str,
     plan: str,
+    correction: str,
+    correct_samples: int,
     eta: float | None,
     guidance: float | None,
     conditioning: Path | None,
@@ -75,10 +86,11 @@ def calibrate(
     start = time.monotonic()
     target, partial = artifact_paths(out)
     from ..models import load_model
-    from ..recipe import Recipe
+    from ..recipe import Recipe, check_correct
     from ..runtime.summary import layer_rows
 
     recipe = Recipe.named(recipe_name, observer=observer, weights=weights, rows=rows, edges=edges)
+    check_correct(correction)
     use_machine(device, threads)
     guided = guidance_arguments(conditioning, guidance)
     loaded = load_model(model)
@@ -110,7 +122,10 @@ def calibrate(
         )
     with output.progress("quantising", len(list(integer_layers(calibration.capture.graph)))) as advance:
         quantized = quantize(loaded.unet, calibration, recipe, on_layer=lambda _: advance())
-        quantized.save_pretrained(target)
+    if correction != "none":
+        settings = {**guided, "samples": correct_samples, "seed": seed + CORRECTION_SEED, "batch": batch}
+        quantized = corrected(output, quantized, loaded.unet, scheduler, correction, partial, settings)
+    quantized.save_pretrained(target)
     shutil.rmtree(partial, ignore_errors=True)
     layers = layer_rows(quantized)
     integers = sum(row["quantized"] for row in layers)
@@ -121,6 +136,31 @@ def calibrate(
         "layers_float": len(layers) - integers,
     }
     output.result(data, lambda console: console.print(_calibrated(data), soft_wrap=True))
+
+
+def corrected(
+    output: Output, model: Any, unet: Any, scheduler: Any, method: str, partial: Path, settings: dict[str, Any]
+) -> Any:
+    """The model corrected by ``method``, its noise measured in the modes of its plan."""
+    from ..correction.estimation import correct
+    from ..correction.measurement import measure_noise
+
+    with output.progress("measuring the noise", int(model.key["steps"])) as advance:
+        noise = measure_noise(
+            model, unet, scheduler, cache_dir=partial / "noise", on_step=lambda _: advance(), **settings
+        )
+    rolled_out = method.startswith("ner") or "+ibc" in method
+    with output.progress("correcting", int(model.key["steps"]) if rolled_out else 1) as advance:
+        return correct(
+            model,
+            unet,
+            scheduler,
+            noise,
+            method,
+            cache_dir=partial / "rollout",
+            on_step=lambda _: advance(),
+            **settings,
+        )
 
 
 def _calibrated(data: dict[str, Any]) -> str:

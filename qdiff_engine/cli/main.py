@@ -54,8 +54,15 @@ def qdiff(ctx: click.Context) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0 only on success, 2 for wrong usage, 130 after Ctrl-C, else 1."""
     output = Output()
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", message="the model's corrections")
+            warnings.showwarning = lambda message, *_, **__: click.echo(f"qdiff: warning: {message}", err=True)
+        return _run(output, arguments)
+
+
+def _run(output: Output, arguments: Sequence[str] | None) -> int:
     try:
         status = qdiff.main(arguments, prog_name="qdiff", standalone_mode=False, obj=output)
         sys.stdout.flush()

@@ -69,6 +69,18 @@ def sampling_options(function: Function) -> Function:
     return function
 
 
+def correction_option(function: Function) -> Function:
+    """--correction on|off, as a bool."""
+    return click.option(
+        "--correction",
+        type=click.Choice(["on", "off"]),
+        default="on",
+        show_default=True,
+        callback=lambda ctx, parameter, value: value == "on",
+        help="Apply the corrections that ART holds, where they fit the sampler.",
+    )(function)
+
+
 def machine_options(function: Function) -> Function:
     """--device, --threads."""
     function = count_option("--threads", None, "CPU threads; torch's default otherwise.")(function)

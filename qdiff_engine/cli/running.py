@@ -11,6 +11,7 @@ import click
 from .options import (
     Command,
     check_conditioning,
+    correction_option,
     count_option,
     guidance_arguments,
     machine_options,
@@ -39,6 +40,7 @@ _PICTURES, _TENSORS = (".png",), (".safetensors",)
 @count_option("--seed", 0, "Seed of the initial noise.", least=0)
 @click.option("--out", required=True, metavar="FILE", help="FILE.png, a grid; or FILE.safetensors, the raw samples.")
 @_SAMPLER
+@correction_option
 @sampling_options
 @machine_options
 @pass_output
@@ -50,6 +52,7 @@ def sample(
     seed: int,
     out: str,
     sampler: str,
+    correction: bool,
     eta: float | None,
     guidance: float | None,
     conditioning: Path | None,
@@ -83,6 +86,7 @@ def sample(
             seed,
             eta=_eta(eta, model.key),
             batch=batch,
+            correction=correction,
             on_step=lambda _: advance(),
             **guided,
         )
@@ -126,6 +130,7 @@ def _write_samples(path: Path, images: Any) -> None:
 @count_option("--n", 16, "Images to compare.")
 @count_option("--seed", 0, "Seed of the initial noise.", least=0)
 @_SAMPLER
+@correction_option
 @sampling_options
 @machine_options
 @pass_output
@@ -137,6 +142,7 @@ def compare(
     n: int,
     seed: int,
     sampler: str,
+    correction: bool,
     eta: float | None,
     guidance: float | None,
     conditioning: Path | None,
@@ -166,6 +172,7 @@ def compare(
             seed,
             eta=_eta(eta, model.key),
             batch=batch,
+            correction=correction,
             on_step=lambda *_: advance(),
             **guided,
         )
@@ -215,6 +222,7 @@ def _show_comparison(console: Any, report: Any) -> None:
 @click.option("--guidance", type=float, help="Time both branches of classifier-free guidance in one call.")
 @click.option("--eta", type=click.FloatRange(0, 1), help="Taken as by sample; one call costs the same for every eta.")
 @click.option("--compile", "compile_", is_flag=True, help="On a GPU, time torch.compile too; it compiles for minutes.")
+@correction_option
 @machine_options
 @pass_output
 def bench(
@@ -227,6 +235,7 @@ def bench(
     guidance: float | None,
     eta: float | None,
     compile_: bool,
+    correction: bool,
     device: str,
     threads: int | None,
 ) -> None:
@@ -242,7 +251,7 @@ def bench(
     check_conditioning(model, guided["conditioning"], artifact)
     unet = load_reference(reference, artifact, model.key) if reference else None
     rows = batch if guidance is None else 2 * batch
-    with output.progress("timing", 1) as advance:
+    with output.progress("timing", 1) as advance, model.correcting(correction):
         given = guided["conditioning"]
         data = run(model, unet, batch=rows, repetitions=repetitions, conditioning=given, compile_=compile_)
         advance()

@@ -266,13 +266,14 @@ def denoise_step(
 ) -> Tensor:
     """x' = cx x + c0 x0 + ce e' + s' z + B[c], e' = a[c] e + b[c], e = uncond + g (cond - uncond).
 
+    With ``clipped``, x0 = clamp(predicted sample, +-clip) and e' becomes the predicted noise; without, c0 is unused.
+
     Args:
         x: floating latents [N, C, *spatial].
         cond, uncond, noise: floating, of x's shape; without ``uncond`` e is ``cond``, without ``noise`` z is 0.
-        constants: float32 [8]: cx, c0, ce, s', sqrt(alpha_bar), sqrt(1 - alpha_bar), clip, g.
+        constants: float32 [8] on x's device: cx, c0, ce, s', sqrt(alpha_bar), sqrt(1 - alpha_bar), clip, g.
         guidance: g in place of the one in ``constants``.
         prediction_type: "epsilon", "v_prediction" or "sample".
-        clipped: whether the scheduler clamps the predicted sample; then x0 is that and e' the predicted noise.
         a, b, input_bias: float32 [C].
 
     Returns:

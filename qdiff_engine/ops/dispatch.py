@@ -27,7 +27,7 @@ _TABLE: dict[str, tuple[tuple[str, str], ...]] = {
         ("native", "native_matmul"),
         ("torch", "plain"),
     ),
-    "denoise_step": (("triton", "triton_kernels"), ("torch", "plain")),
+    "denoise_step": (("triton", "triton_kernels"), ("native", "native_sampler"), ("torch", "plain")),
 }
 EPILOGUES = frozenset({"triton"})  # backends whose products finish their own result: GEGLU, output, out_dtype
 

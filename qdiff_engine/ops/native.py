@@ -595,3 +595,10 @@ def unpack_int4(packed: Tensor, k: int) -> Tensor:
     out = torch.empty((packed.shape[0], k), dtype=torch.int8)
     _kernels().unpack_int4(packed.data_ptr(), out.data_ptr(), packed.shape[0], k)
     return out
+
+
+def run_denoise_step(
+    tensors: Sequence[Tensor | None], shape: tuple[int, int, int], prediction: int, constants: Sequence[float]
+) -> None:
+    """The kernel of `native_sampler`: x, cond, uncond, noise [N, C, P], a, b, B [C] and the output, all float32."""
+    _kernels().denoise_step([_address(tensor) for tensor in tensors], shape, prediction, constants)

@@ -297,14 +297,22 @@ def check_denoise_step(
     constants: Tensor,
     prediction_type: str,
     per_channel: Sequence[Tensor | None],
+    guidance: float | None,
 ) -> None:
-    """Raise TypeError or ValueError where the operands of `denoise_step` do not fit."""
-    if not x.is_floating_point() or x.dim() < 2:
-        raise ValueError(f"x must be floating [N, C, *spatial], got {x.dtype} {list(x.shape)}")
+    """Raise TypeError or ValueError where the operands of `denoise_step` do not fit; per_channel: a, b, input_bias."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+        raise ValueError("x must be floating [N, C, *spatial]")
+    if cond is None:
+        raise TypeError("cond must be a tensor, got None")
     for name, values in (("cond", cond), ("uncond", uncond), ("noise", noise)):
-        _check_float(name, values, tuple(x.shape), half=True)
+        if values is not None and not values.is_floating_point():
+            raise TypeError(f"{name} must be floating, got {values.dtype}")
+        if values is not None and values.shape != x.shape:
+            raise ValueError(f"{name} must be {list(x.shape)} like x, got {list(values.shape)}")
     _check_float("constants", constants, (8,))
     for name, values in zip(("a", "b", "input_bias"), per_channel, strict=True):
         _check_float(name, values, tuple(x.shape[1:2]))
     if prediction_type not in PREDICTIONS:
         raise ValueError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
+    if guidance is not None and not isinstance(guidance, int | float):
+        raise TypeError(f"guidance must be a number or None, got {type(guidance).__name__}")

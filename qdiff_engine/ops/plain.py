@@ -201,6 +201,47 @@ def _convolve(segment: Segment, bias: Tensor | None, output_scale: Tensor | None
     return channels_second(y.reshape(len(q), *weight.output_size(*q.shape[2:]), len(weight.values)).contiguous())
 
 
+def denoise_step(
+    x: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    noise: Tensor | None,
+    constants: Tensor,
+    *,
+    guidance: float | None = None,
+    prediction_type: str = "epsilon",
+    clipped: bool = False,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    input_bias: Tensor | None = None,
+) -> Tensor:
+    """x' = cx x + c0 x0 + ce e' + s' z + B[c], added in the order of diffusers' schedulers; see `ops.denoise_step`."""
+    operands.check_denoise_step(x, cond, uncond, noise, constants, prediction_type, (a, b, input_bias), guidance)
+    cx, c0, ce, sigma, signal, deviation, clip, g = constants.tolist()
+    value, e = x.float(), cond.float()
+    if uncond is not None:
+        e = uncond.float() + (g if guidance is None else guidance) * (e - uncond.float())
+    across = (-1, *[1] * (x.dim() - 2))
+    e = e if a is None else e * a.reshape(across)
+    e = e if b is None else e + b.reshape(across)
+    y = cx * value if cx else None
+    if clipped:
+        if prediction_type == "epsilon":
+            sample = (value - deviation * e) / signal
+        elif prediction_type == "v_prediction":
+            sample, e = signal * value - deviation * e, signal * e + deviation * value
+        else:
+            sample, e = e, (value - signal * e) / deviation
+        sample = c0 * sample.clamp(-clip, clip)
+        y = sample if y is None else y + sample
+    if ce or y is None:
+        y = ce * e if y is None else y + ce * e
+    y = y if noise is None else y + sigma * noise.float()
+    y = y if input_bias is None else y + input_bias.reshape(across)
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return y.to(x.dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 def _taps(x: Tensor, weight: ConvWeight) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs (x [G, M, K], w [G, K, Cout / G]), one for every kernel tap: their products sum to the convolution."""
     n, height, width, _ = x.shape
@@ -243,45 +284,6 @@ def _emptied(total: Tensor | None, partial: Tensor | None) -> Tensor | None:
     if partial is None:
         return total
     return partial.to(torch.int32) if total is None else total.add_(partial.to(torch.int32))
-
-
-def denoise_step(
-    x: Tensor,
-    cond: Tensor,
-    uncond: Tensor | None,
-    noise: Tensor | None,
-    constants: Tensor,
-    *,
-    guidance: float | None = None,
-    prediction_type: str = "epsilon",
-    clipped: bool = False,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    input_bias: Tensor | None = None,
-) -> Tensor:
-    """x' = cx x + c0 x0 + ce e' + s' z + B[c], e' = a[c] e + b[c]; see `ops.denoise_step`."""
-    operands.check_denoise_step(x, cond, uncond, noise, constants, prediction_type, (a, b, input_bias))
-    cx, c0, ce, sigma, signal, deviation, clip, g = constants.unbind()
-    value, e = x.float(), cond.float()
-    per_channel = (..., *[None] * (x.dim() - 2))
-    if uncond is not None:
-        e = uncond.float() + (g if guidance is None else guidance) * (e - uncond.float())
-    e = e if a is None else e * a[per_channel]
-    e = e if b is None else e + b[per_channel]
-    y = cx * value
-    if clipped:
-        if prediction_type == "epsilon":
-            sample = (value - deviation * e) / signal
-        elif prediction_type == "v_prediction":
-            sample, e = signal * value - deviation * e, signal * e + deviation * value
-        else:
-            sample, e = e, (value - signal * e) / deviation
-        y = y + c0 * torch.minimum(torch.maximum(sample, -clip), clip)
-    y = y + ce * e
-    y = y if noise is None else y + sigma * noise.float()
-    y = y if input_bias is None else y + input_bias[per_channel]
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def finished(y: Tensor, geglu: bool, output: operands.Output | None, dtype: torch.dtype) -> Tensor:

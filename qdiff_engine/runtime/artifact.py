@@ -2,7 +2,8 @@
 
 ``config.json``        what the model is, in canonical form, and the SHA-256 of each file (its own: without that field)
 ``graph.json``         the integer graph, one node per line
-``model.safetensors``  ``weight.LAYER.q0`` and ``.scale0`` (one pair per K segment), ``constant.KEY``, ``table.FIELD``
+``model.safetensors``  ``weight.LAYER.q0`` and ``.scale0`` (one pair per K segment), ``constant.KEY``, ``table.FIELD``,
+                       and where they were estimated ``correction.FIELD`` and ``noise.FIELD``
 
 The same calibration gives the same bytes. Other files in the folder are never read, but `save_artifact` refuses to
 replace a folder that holds any.
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ..graph.ir import Graph
 from ..recipe import Recipe
-from ..tables import Table
+from ..tables import NOISE_SUMS, Correction, Noise, Table
 from ..version import __version__
 from ..weights import QuantizedWeight
 from . import artifact_config, files
@@ -45,6 +46,7 @@ class Artifact:
         recipe: what was asked for.
         key: what the corrections are valid for (model hash, scheduler, steps, eta, guidance, ...); plain JSON values.
         model_config: the UNet's own configuration; plain JSON values.
+        correction, noise: what was estimated for the sampler, and measured of the quantisation noise, if anything.
         engine_version: the engine that made it.
     """
 
@@ -55,6 +57,8 @@ class Artifact:
     recipe: Recipe
     key: dict[str, Any] = field(default_factory=dict)
     model_config: dict[str, Any] = field(default_factory=dict)
+    correction: Correction | None = None
+    noise: Noise | None = None
     engine_version: str = __version__
 
     @property
@@ -125,6 +129,9 @@ def check_agreement(artifact: Artifact) -> None:
     for node in artifact.graph.nodes:
         if node.kwargs.get("layer") is not None:
             _check_segments(node.name, node.kwargs.get("segments"), artifact.weights[node.kwargs["layer"]])
+    for name, extra in (("correction", artifact.correction), ("noise", artifact.noise)):
+        if extra is not None and tuple(extra.timesteps) != tuple(artifact.table.timesteps):
+            raise ArtifactError(f"{CONFIG}: {name} has other rows than the plan")
     for key, value in artifact.constants.items():
         if value.is_floating_point() and bool(torch.isnan(value).any()):
             raise ArtifactError(f"{MODEL}: constant.{key} holds NaN")
@@ -167,8 +174,13 @@ def _check_segments(node: str, segments: Any, weights: tuple[QuantizedWeight, ..
 
 def _describe(artifact: Artifact) -> dict[str, Any]:
     """The configuration without the digests."""
-    table = artifact.table
-    return {
+    table, correction, noise = artifact.table, artifact.correction, artifact.noise
+    optional: dict[str, Any] = {}
+    if correction is not None:
+        optional["correction"] = {"method": correction.method, "key": correction.key}
+    if noise is not None:
+        optional["noise"] = {"modes": list(noise.modes), "key": noise.key}
+    return optional | {
         "schema_version": artifact_config.SCHEMA_VERSION,
         "engine_version": artifact.engine_version,
         "recipe": artifact.recipe.to_dict(),
@@ -189,9 +201,14 @@ def _describe(artifact: Artifact) -> dict[str, Any]:
 
 
 def _tensors(artifact: Artifact) -> dict[str, Tensor]:
-    """Every tensor under its name in the file; the three prefixes keep a layer from colliding with a constant."""
+    """Every tensor under its name in the file; the prefixes keep a layer from colliding with a constant."""
     tensors = {f"table.{name}": getattr(artifact.table, name) for name in TABLE_FIELDS}
     tensors.update({f"constant.{key}": value for key, value in artifact.constants.items()})
+    if artifact.correction is not None:
+        tensors["correction.input_bias"] = artifact.correction.input_bias
+        tensors["correction.sigma_scale"] = artifact.correction.sigma_scale
+    if artifact.noise is not None:
+        tensors["noise.sums"], tensors["noise.alpha_bar"] = artifact.noise.sums, artifact.noise.alpha_bar
     for layer, parts in artifact.weights.items():
         for i, weight in enumerate(parts):
             tensors[f"weight.{layer}.q{i}"] = weight.stored()
@@ -201,12 +218,19 @@ def _tensors(artifact: Artifact) -> dict[str, Tensor]:
 
 def _expected_tensors(config: dict[str, Any]) -> dict[str, TensorSpec]:
     """What `_tensors` must have written for this configuration."""
-    rows = len(config["plan"])
+    rows, channels = len(config["plan"]), config["output_channels"]
     widths = {"output_scale": config["output_channels"], "output_shift": config["output_channels"]}
     expected = {
         f"table.{name}": TensorSpec(dtype, (rows, widths.get(name, len(config["sites"]))))
         for name, dtype in TABLE_FIELDS.items()
     }
+    if "correction" in config:
+        expected["correction.input_bias"] = TensorSpec(torch.float32, (rows, channels))
+        expected["correction.sigma_scale"] = TensorSpec(torch.float32, (rows,))
+    if "noise" in config:
+        modes = len(config["noise"]["modes"])
+        expected["noise.sums"] = TensorSpec(torch.float64, (modes, rows, channels, NOISE_SUMS))
+        expected["noise.alpha_bar"] = TensorSpec(torch.float64, (rows,))
     for key, entry in config["constants"].items():
         expected[f"constant.{key}"] = TensorSpec(artifact_config.DTYPES[entry["dtype"]], tuple(entry["shape"]))
     for layer, parts in config["weights"].items():
@@ -236,6 +260,8 @@ def _assemble(config: dict[str, Any], graph: Graph, tensors: dict[str, Tensor]) 
         recipe=Recipe.from_dict(config["recipe"]),
         key=config["key"],
         model_config=config["model_config"],
+        correction=_assemble_correction(config, tensors),
+        noise=_assemble_noise(config, tensors),
         engine_version=config["engine_version"],
     )
 
@@ -251,6 +277,23 @@ def _assemble_table(config: dict[str, Any], tensors: dict[str, Tensor]) -> Table
     except ValueError as error:  # begins with the field's name
         of_tensors = str(error).split()[0] in TABLE_FIELDS
         raise ArtifactError(f"{MODEL}: table.{error}" if of_tensors else f"{CONFIG}: plan: {error}") from error
+
+
+def _assemble_correction(config: dict[str, Any], tensors: dict[str, Tensor]) -> Correction | None:
+    if "correction" not in config:
+        return None
+    rows = tuple(row["timestep"] for row in config["plan"])
+    parts = (tensors[f"correction.{name}"] for name in ("input_bias", "sigma_scale"))
+    with naming(f"{MODEL}: correction"):
+        return Correction(config["correction"]["method"], config["correction"]["key"], rows, *parts)
+
+
+def _assemble_noise(config: dict[str, Any], tensors: dict[str, Tensor]) -> Noise | None:
+    if "noise" not in config:
+        return None
+    rows, entry = tuple(row["timestep"] for row in config["plan"]), config["noise"]
+    with naming(f"{MODEL}: noise"):
+        return Noise(entry["key"], rows, tuple(entry["modes"]), tensors["noise.sums"], tensors["noise.alpha_bar"])
 
 
 def _check_digest(config: dict[str, Any], name: str, digest: str) -> None:

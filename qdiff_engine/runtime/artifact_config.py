@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..graph import ir
-from ..recipe import Recipe
+from ..recipe import Recipe, check_correct
 from ..tables import MODES
 from . import canonical_json
 from .tensor_file import DTYPES as DTYPES
@@ -38,6 +38,10 @@ _FIELDS: dict[str, type] = {
     "output_channels": int,
     "weights": dict,
     "constants": dict,
+}
+_OPTIONAL: dict[str, dict[str, type]] = {  # present where noise was measured, and where corrections were estimated
+    "correction": {"method": str, "key": dict},
+    "noise": {"modes": list, "key": dict},
 }
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,200}")
 _MAX_ELEMENTS = 2**48
@@ -97,7 +101,7 @@ def check_fields(config: dict[str, Any]) -> None:
     """Raise ArtifactError unless ``config``, without its digests, has every field, and each has its form."""
     with naming(CONFIG):
         _check_version(config)
-        for name in sorted(config.keys() ^ _FIELDS.keys()):
+        for name in sorted((config.keys() ^ _FIELDS.keys()) - (config.keys() & _OPTIONAL.keys())):
             raise ValueError(f"field {name!a} is {'missing' if name in _FIELDS else 'unknown'}")
         for name, kind in _FIELDS.items():
             if type(config[name]) is not kind:
@@ -107,6 +111,8 @@ def check_fields(config: dict[str, Any]) -> None:
                 canonical_json.check_plain(config[name])
         with naming(f"{CONFIG}: field 'recipe'"):
             Recipe.from_dict(config["recipe"])
+        for name in sorted(config.keys() & _OPTIONAL.keys()):
+            _check_optional(name, config[name])
         _check_plan(config["plan"])
         _check_sites(config["sites"])
         _check_shape([config["output_channels"]], "field 'output_channels'", (1,))
@@ -114,6 +120,25 @@ def check_fields(config: dict[str, Any]) -> None:
             _check_weights(checked_name(layer, f"{CONFIG}: weights"), parts)
         for key, entry in config["constants"].items():
             _check_constant(checked_name(key, f"{CONFIG}: constants"), entry)
+
+
+def _check_optional(name: str, entry: Any) -> None:
+    """The fields of "correction" and of "noise"."""
+    fields = _OPTIONAL[name]
+    if type(entry) is not dict or set(entry) != set(fields):
+        raise ValueError(f"field {name!r} must hold {' and '.join(map(repr, fields))}")
+    for field, kind in fields.items():
+        if type(entry[field]) is not kind:
+            raise ValueError(f"field {name!r}.{field} must be of type {kind.__name__}, got {entry[field]!a:.100}")
+    with naming(f"{CONFIG}: field {name!r}.key"):
+        canonical_json.check_plain(entry["key"])
+    if name == "correction":
+        with naming(f"{CONFIG}: field 'correction'.method"):
+            check_correct(entry["method"])
+    else:
+        modes = entry["modes"]
+        if not modes or not all(isinstance(m, str) and m in MODES for m in modes) or len(set(modes)) < len(modes):
+            raise ValueError(f"field 'noise'.modes must hold some of {', '.join(MODES)}, got {modes!a:.100}")
 
 
 def dump_graph(graph: ir.Graph) -> bytes:

@@ -6,6 +6,7 @@ constants of the calibrated row that serves the timestep. Slots are emptied afte
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
 from collections import OrderedDict
@@ -77,7 +78,8 @@ class Program:
         if device.type == "cpu":
             native.keep_freed_memory()
         lowered = lower(graph)
-        self.rows = make_rows(table)
+        self.corrects = True
+        self._set_table(table)
         self.inputs = tuple(lowered.inputs)
         compiler = Compiler(lowered, weights, constants, table, device, backend, dtype, floating)
         self.slots = compiler.slots
@@ -89,9 +91,24 @@ class Program:
         self._reads = {name: compiler.inputs_read(name) for name in ("prompt", "time")}
         of_time = () if self._reads["time"] else compiler.section("prompt", compiler.needed_by("time"))
         self._time_alone = (*of_time, *self.sections["time"])
-        by_identity = device.type != "cpu"
-        self._prompts = _Cache(limit=4, by_identity=by_identity)
-        self._times = _Cache(limit=_CACHED_TIMESTEPS, by_identity=by_identity)
+        self._by_identity = device.type != "cpu"
+        self._forget()
+
+    def _set_table(self, table: Table) -> None:
+        self.rows = make_rows(table)
+        self._uncorrected = tuple(dataclasses.replace(row, output_scale=None, output_shift=None) for row in self.rows)
+
+    def _forget(self) -> None:
+        """Empty the caches of what the prompt and the timestep alone determine."""
+        self._prompts = _Cache(limit=4, by_identity=self._by_identity)
+        self._times = _Cache(limit=_CACHED_TIMESTEPS, by_identity=self._by_identity)
+
+    def with_table(self, table: Table) -> Program:
+        """This program with another table of the same sites, over the same packed weights."""
+        other = copy.copy(self)
+        other._set_table(table)
+        other._forget()
+        return other
 
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, Tensor], timestep: float, row: int) -> Tensor:
@@ -104,7 +121,7 @@ class Program:
         for name in self.inputs:
             values[self.slots[name]] = inputs[name]
         batch = inputs["sample"].shape[0]
-        constants = self.rows[row]
+        constants = (self.rows if self.corrects else self._uncorrected)[row]
         self._cached("prompt", self._prompts, (batch,), values, constants)
         self._cached("time", self._times, (batch, timestep), values, constants)
         return values, constants

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from ..graph.interpret import flatten_conditioning
 from ..graph.ir import Const, Graph, Ref, sizes
 from ..recipe import Recipe
 from ..sampling import check_count, timestep_tensor
-from ..tables import Table
+from ..tables import Correction, Noise, Table
 from ..weights import QuantizedWeight
 from .artifact import Artifact, load_artifact, save_artifact
 from .executor import Compiler, Program, make_rows
@@ -53,6 +55,8 @@ class IntegerUNet(nn.Module):
         backend: a backend's name to insist on; the fastest available one by default.
         dtype: floating dtype between the integer layers; float32 on a CPU, by default float16 on a GPU.
         graphs: replay CUDA graphs on a GPU; False launches kernel by kernel.
+        correction, noise: what `qdiff_engine.correct` and `measure_noise` found, if they ran. The output's correction
+            is in the table, and applied unless `corrects` is False.
         check: look for NaN and values out of range in every call's tensors, for which the host waits for a GPU; by
             default on a CPU only.
         tune: measure every integer layer against floating point here, for ``tune_batch`` samples, and keep the faster:
@@ -78,12 +82,15 @@ class IntegerUNet(nn.Module):
         tune: bool = False,
         tune_batch: int = 2,
         clock: Clock | None = None,
+        correction: Correction | None = None,
+        noise: Noise | None = None,
     ) -> None:
         super().__init__()
         check_count("tune_batch", tune_batch)
         self.graph, self.weights, self.constants, self.table = graph, weights, constants, table
         self.recipe, self.key, self.model_config = recipe, key, model_config
         self.config = Config(model_config)
+        self.correction, self.noise = correction, noise
         self._device = _usable_device(device, backend)
         self._categories = _categories(graph, constants)
         self._dtype = _usable_dtype(dtype, self._device)
@@ -117,6 +124,41 @@ class IntegerUNet(nn.Module):
     def dtype(self) -> torch.dtype:
         """Floating dtype between the layers; inputs of any other are converted, outputs have the input's."""
         return self._dtype
+
+    @property
+    def corrects(self) -> bool:
+        """Whether calls return the corrected prediction a e + b; True from the start."""
+        return self.program.corrects
+
+    @corrects.setter
+    def corrects(self, on: bool) -> None:
+        self.program.corrects = bool(on)
+
+    @contextlib.contextmanager
+    def correcting(self, on: bool) -> Iterator[None]:
+        """Calls return the corrected prediction, or the plain one, until the block ends."""
+        before, self.corrects = self.corrects, on
+        try:
+            yield
+        finally:
+            self.corrects = before
+
+    def with_table(
+        self,
+        table: Table,
+        recipe: Recipe | None = None,
+        correction: Correction | None = None,
+        noise: Noise | None = None,
+    ) -> IntegerUNet:
+        """This model with another table of the same sites, over the same packed weights; neither changes the other."""
+        if table.sites != self.table.sites:
+            raise ValueError("table must have the sites of this model's table")
+        other = copy.copy(self)
+        other.table, other.recipe = table, recipe or self.recipe
+        other.correction, other.noise = correction, noise
+        other.program = self.program.with_table(retabled(table, floating_sites(self.graph, self.timings)))
+        other.corrects = True
+        return other
 
     def forward(
         self,
@@ -234,6 +276,8 @@ class IntegerUNet(nn.Module):
                 recipe=self.recipe,
                 key=self.key,
                 model_config=self.model_config,
+                correction=self.correction,
+                noise=self.noise,
             ),
             folder,
         )
@@ -281,7 +325,7 @@ def load(
     return IntegerUNet(**parts, device=device, backend=backend, **options)
 
 
-_FIELDS = ("graph", "weights", "constants", "table", "recipe", "key", "model_config")
+_FIELDS = ("graph", "weights", "constants", "table", "recipe", "key", "model_config", "correction", "noise")
 
 
 def _usable_device(device: str | torch.device, backend: str | None = None) -> torch.device:

@@ -86,10 +86,16 @@ class ReplayedProgram(Program):
         dtype: torch.dtype = torch.float32,
         floating: Collection[str] = (),
     ) -> None:
+        self.device, self.record = device, record
         super().__init__(graph, weights, constants, table, device, backend, lower_for_gpu, dtype, floating)
-        self.record = record
-        self.quantizations = quantization_rows(table).to(device)
-        self.corrections = torch.stack([table.output_scale, table.output_shift], 1).to(device)
+        self._remembered = {slot for kept in self._kept.values() for slot in kept}
+
+    def _set_table(self, table: Table) -> None:
+        super()._set_table(table)
+        self.quantizations = quantization_rows(table).to(self.device)
+        self.corrections = torch.stack([table.output_scale, table.output_shift], 1).to(self.device)
+        ones, zeros = torch.ones_like(table.output_scale[0]), torch.zeros_like(table.output_shift[0])
+        self._identity = torch.stack([ones, zeros]).to(self.device)
         self.current = self.quantizations[0].clone()
         self.corrected = self.corrections[0].clone()
         identity = bool((table.output_scale == 1).all()) and bool((table.output_shift == 0).all())
@@ -99,7 +105,6 @@ class ReplayedProgram(Program):
             mode: Row(tuple((self.current[i], 0, bits) for i, bits in enumerate(mode)), *terms)
             for mode in set(self.modes)
         }
-        self._remembered = {slot for kept in self._kept.values() for slot in kept}
         self._batches: OrderedDict[int, _Batch] = OrderedDict()
 
     @torch.inference_mode()
@@ -107,7 +112,7 @@ class ReplayedProgram(Program):
         """As `Program.run`; the result is overwritten by the next call."""
         values, _ = self.before_main(inputs, timestep, row)
         self.current.copy_(self.quantizations[row])
-        self.corrected.copy_(self.corrections[row])
+        self.corrected.copy_(self.corrections[row] if self.corrects else self._identity)
         batch = self._batch(len(inputs["sample"]), values)
         for slot, place in batch.values.items():
             if batch.sources.get(slot) is not values[slot]:

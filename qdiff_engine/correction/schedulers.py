@@ -1,0 +1,163 @@
+"""Corrections inside diffusers pipelines: a scheduler that adds the input bias and scales the noise it draws."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import warnings
+from typing import Any
+
+from ..runtime.model import IntegerUNet
+from ..samplers import FUSED, mismatches, sampler_key
+
+
+def corrected_scheduler(
+    scheduler: Any, model: IntegerUNet, *, guidance_scale: float | None = None, strict: bool = False
+) -> Any:
+    """A copy of ``scheduler`` for ``pipe.scheduler`` that completes the corrections of ``pipe.unet = model``.
+
+    The model itself returns the corrected prediction. For DDIM and DDPM this scheduler adds x' += B[r] after every step
+    and scales the step's noise by s'[r] / s[r]; any other sampler steps as it is. When the pipeline sets its steps, and
+    at a step whose eta is another, the corrections' key is compared: where it does not fit, all of them are off, the
+    model's too, until steps are set that fit.
+
+    A pipeline that rescales its guidance changes the guided prediction after the model: then correct the output only.
+
+    Args:
+        scheduler: a diffusers scheduler, of the class and configuration that the corrections were estimated for.
+        model: with corrections, from `correct` or from an artifact that holds some.
+        guidance_scale: the pipeline's, or None without guidance.
+        strict: raise instead of warning.
+
+    Raises:
+        TypeError: ``scheduler`` is not a diffusers scheduler.
+        ValueError: the model has no corrections; with ``strict``, corrections for another setting.
+    """
+    if getattr(model, "correction", None) is None:
+        raise ValueError("model has no corrections; qdiff_engine.correct(model, unet, scheduler, noise) makes them")
+    for attribute in ("config", "set_timesteps", "step", "num_inference_steps"):
+        if not hasattr(scheduler, attribute):
+            raise TypeError(f"scheduler must be a diffusers scheduler, got {type(scheduler).__name__}")
+    mine, kind = copy.copy(scheduler), _kind(scheduler)
+    mine.__class__ = _corrected_class(kind)
+    mine._corrections = _State(kind, model, guidance_scale, strict)
+    if mine.num_inference_steps is not None:
+        mine._corrections.check(mine)
+    return mine
+
+
+def _kind(scheduler: Any) -> Any:
+    """The scheduler's class, below the one that this module may have made of it."""
+    kind: Any = type(scheduler)
+    return kind.__mro__[1] if hasattr(kind, "_corrections") else kind
+
+
+class _State:
+    """What a corrected scheduler knows beside its own fields."""
+
+    def __init__(self, kind: type, model: IntegerUNet, guidance_scale: float | None, strict: bool) -> None:
+        self.kind, self.model, self.guidance_scale, self.strict = kind, model, guidance_scale, strict
+        self.on = True
+        self.scale: float | None = None  # of the noise that a DDPM step in progress draws
+        self.warned: set[str] = set()
+
+    def check(self, scheduler: Any) -> None:
+        """Switch everything on or off for the steps that are set; eta is known at a step."""
+        assert self.model.correction is not None
+        steps, eta = scheduler.num_inference_steps, self.model.correction.key.get("eta", 0.0)
+        key = sampler_key(scheduler, steps, eta, self.guidance_scale)
+        reasons = mismatches(self.model, key)
+        self.switch(not reasons, "; ".join(reasons))
+
+    def switch(self, on: bool, reason: str) -> None:
+        """Corrections on, or off for a reason."""
+        self.on = self.model.corrects = on
+        if on:
+            return
+        assert self.model.correction is not None
+        message = f"the model's corrections ({self.model.correction.method}) are for another setting: {reason}"
+        if self.strict:
+            raise ValueError(message)
+        if message not in self.warned:
+            self.warned.add(message)
+            warnings.warn(f"{message}; they are off", UserWarning, stacklevel=4)
+
+
+@functools.cache
+def _corrected_class(kind: Any) -> Any:
+    """A subclass of a scheduler class whose instances may carry a `_State`; without one they behave as before."""
+
+    @functools.wraps(kind.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = kind.set_timesteps(self, *args, **kwargs)
+        state = self._corrections
+        if state is not None:  # eta is known at the step
+            state.check(self)
+        return result
+
+    @functools.wraps(kind.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = self._corrections
+        if state is None or kind.__name__ not in FUSED:
+            return kind.step(self, *args, **kwargs)
+        given = inspect.signature(kind.step).bind(self, *args, **kwargs)
+        given.apply_defaults()
+        arguments = {name: value for name, value in given.arguments.items() if name != "self"}
+        _check_step(state, arguments)
+        if not state.on:
+            return kind.step(self, **arguments)
+        return _corrected_step(self, kind, state, arguments)
+
+    def variance(self: Any, *args: Any, **kwargs: Any) -> Any:
+        value, state = kind._get_variance(self, *args, **kwargs), self._corrections
+        if state is None or state.scale is None:
+            return value
+        return value * (state.scale if self.variance_type == "fixed_small_log" else state.scale**2)
+
+    members: dict[str, Any] = {"set_timesteps": set_timesteps, "step": step, "_corrections": None}
+    if kind.__name__ == "DDPMScheduler":
+        members["_get_variance"] = variance
+    # by the name of its class a pipeline saves a scheduler, and finds it again
+    return type(kind.__name__, (kind,), {**members, "__module__": kind.__module__})
+
+
+def _check_step(state: _State, arguments: dict[str, Any]) -> None:
+    """Switch off at a step that the key does not know: another eta, or a direction from the clipped sample."""
+    assert state.model.correction is not None
+    if not state.on:
+        return
+    eta = float(arguments.get("eta", 0.0))
+    expected = state.model.correction.key.get("eta")
+    if eta != expected:
+        state.switch(False, f"eta {eta}, not {expected}")
+    elif arguments.get("use_clipped_model_output"):
+        state.switch(False, "use_clipped_model_output True, not False")
+
+
+def _corrected_step(scheduler: Any, kind: type[Any], state: _State, arguments: dict[str, Any]) -> Any:
+    """The scheduler's own step with its noise scaled, and the input bias added."""
+    correction = state.model.correction
+    assert correction is not None
+    row = correction.row(float(arguments["timestep"]))
+    sample, scale = arguments["sample"], float(correction.sigma_scale[row])
+    if scale != 1 and "variance_noise" in arguments:
+        noise = arguments["variance_noise"]
+        if noise is None:
+            from diffusers.utils.torch_utils import randn_tensor
+
+            output = arguments["model_output"]
+            noise = randn_tensor(
+                output.shape, generator=arguments["generator"], device=output.device, dtype=output.dtype
+            )
+        arguments = {**arguments, "variance_noise": noise * scale, "generator": None}
+    state.scale = scale
+    try:
+        result = kind.step(scheduler, **arguments)
+    finally:
+        state.scale = None
+    bias = correction.input_bias[row].to(sample.device, sample.dtype).reshape(-1, *[1] * (sample.dim() - 2))
+    if isinstance(result, tuple):
+        return (result[0] + bias, *result[1:])
+    result.prev_sample = result.prev_sample + bias
+    return result

@@ -1,0 +1,458 @@
+"""Noise measured on a real integer model, corrections estimated from it, and their way through an artifact."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import networks
+import pytest
+import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from networks import CASES, SAMPLES, STEPS
+from torch import Tensor
+
+import qdiff_engine as qe
+from qdiff_engine.correction.estimation import NerWeights
+from qdiff_engine.correction.measurement import moments, signal_to_noise
+from qdiff_engine.correction.moments import Moments
+from qdiff_engine.correction.output import KeptSums, mmse, ner, ptqd
+from qdiff_engine.sampling import Guidance, Step, denoise, initial_noise
+from qdiff_engine.tables import Noise
+
+NAME, SEED = "unet2d", 7
+SHAPE = CASES[NAME].shape
+MODES = ("A4", "A8", "A16")
+
+
+@functools.cache
+def model(recipe: str = "w4a8") -> qe.IntegerUNet:
+    return networks.integer_model(NAME, recipe)
+
+
+def measure(**changes: Any) -> Noise:
+    settings: dict[str, Any] = {"shape": SHAPE, "samples": SAMPLES, "seed": SEED, **changes}
+    return qe.measure_noise(settings.pop("model", model()), networks.network(NAME), networks.ddim(), **settings)
+
+
+@functools.cache
+def noise() -> Noise:
+    """Of all three modes."""
+    return measure(calibration=networks.calibration(NAME))
+
+
+def correct(method: str, **changes: Any) -> qe.IntegerUNet:
+    settings: dict[str, Any] = {"shape": SHAPE, "seed": SEED, "noise": noise(), "method": method, **changes}
+    scheduler = settings.pop("scheduler", networks.ddim())
+    return qe.correct(settings.pop("model", model()), networks.network(NAME), scheduler, **settings)
+
+
+@functools.cache
+def pairs(recipe: str) -> tuple[tuple[Tensor, Tensor], ...]:
+    """(e, e_hat) of every step, both fed the float trajectory."""
+    steps: list[Step] = []
+    start = initial_noise((SAMPLES, *SHAPE), SEED)
+    with torch.no_grad():
+        denoise(networks.network(NAME), networks.ddim(), start, steps=STEPS, on_step=steps.append)
+    return tuple((s.prediction, model(recipe)(s.sample, s.timestep).sample) for s in steps)
+
+
+@pytest.mark.parametrize(("mode", "recipe"), [("A4", "w4a4"), ("A8", "w4a8"), ("A16", "w4a16")])
+def test_every_mode_is_measured_as_it_runs(mode: str, recipe: str) -> None:
+    """The mode's sums are those of a model quantised for it, on the float trajectory's inputs."""
+    assert noise().modes == MODES and noise().timesteps == model().table.timesteps
+    for row, (e, quantized) in enumerate(pairs(recipe)):
+        expected = Moments.of(e, quantized).sums
+        assert torch.allclose(noise().sums[MODES.index(mode), row], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_more_bits_have_less_noise() -> None:
+    ratios = [moments(noise(), mode).snr for mode in MODES]
+    assert bool((ratios[0] < ratios[1]).all()) and bool((ratios[0] < ratios[2]).all())
+    alpha_bar = networks.ddim().alphas_cumprod[[int(t) for t in noise().timesteps]].double()
+    assert torch.allclose(signal_to_noise(noise()), alpha_bar / (1 - alpha_bar))
+
+
+def test_the_models_own_plan_gives_the_same() -> None:
+    own = measure()
+    assert own.modes == ("A8",) and own.key == noise().key
+    assert torch.equal(own.sums[0], noise().sums[1]) and torch.equal(own.sums, measure().sums)
+    # another batch size flips single roundings, in the float network's last bits and then in the integer one's
+    other = measure(batch=3)
+    assert torch.equal(other.sums[..., 0], own.sums[..., 0])
+    assert torch.allclose(moments(other, "A8").snr, moments(own, "A8").snr, rtol=0.02)
+
+
+def test_a_mixed_plan_is_measured_row_by_row() -> None:
+    recipe = qe.Recipe.named("w4a8", plan=["A4", "A8", "A8", "A16"])
+    mixed = qe.quantize(networks.network(NAME), networks.calibration(NAME), recipe)
+    found = measure(model=mixed)
+    assert found.modes == MODES
+    counts = found.sums[..., 0, 0]
+    assert (counts > 0).tolist() == [
+        [True, False, False, False],
+        [False, True, True, False],
+        [False, False, False, True],
+    ]
+    assert moments(found, mixed.table.modes).k.shape == (4,)
+    with pytest.raises(ValueError, match="no samples"):
+        moments(found, "A4")
+    assert correct("ptqd", model=mixed, noise=found).correction is not None
+
+
+def test_an_interrupted_measurement_resumes(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(step: Step) -> None:
+        if step.index == 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        measure(cache_dir=tmp_path / "cache", on_step=stop)
+    assert len(list((tmp_path / "cache").glob("step-*"))) == 2
+    resumed = measure(cache_dir=tmp_path / "cache")
+    assert torch.equal(resumed.sums, measure().sums) and resumed.key == measure().key
+    # another model of the same network must not resume there
+    other = measure(model=model("w8a8"), cache_dir=tmp_path / "cache")
+    assert torch.equal(other.sums, measure(model=model("w8a8")).sums)
+    assert not torch.equal(other.sums, resumed.sums)
+
+
+def test_guided_noise_is_that_of_the_guided_prediction() -> None:
+    """Both branches differ by their labels; what is measured is e_u + g (e_c - e_u)."""
+    case, unet, quantised = CASES["class"], networks.network("class"), networks.integer_model("class", "w4a8")
+    labels, none = {"class_labels": torch.tensor([3, 7, 1, 2])}, {"class_labels": torch.tensor([0])}
+    given: dict[str, Any] = {"guidance_scale": 3.0, "conditioning": labels, "unconditional": none}
+    found = qe.measure_noise(quantised, unet, networks.ddim(), case.shape, samples=SAMPLES, seed=SEED, **given)
+    guidance, steps = Guidance(3.0, none, labels), []
+    with torch.no_grad():
+        denoise(
+            unet, networks.ddim(), initial_noise((SAMPLES, *case.shape), SEED), steps=STEPS, guidance=guidance,
+            on_step=steps.append,
+        )  # fmt: skip
+        for row, step in enumerate(steps):
+            e_hat = guidance.prediction(quantised, step.sample, step.timestep, range(SAMPLES))
+            expected = Moments.of(step.prediction, e_hat).sums
+            assert torch.allclose(found.sums[0, row], expected, rtol=1e-6, atol=1e-6)
+    assert found.key["guidance_scale"] == 3.0 and found.key["conditioning"] is not None
+
+
+# ---- estimation
+
+
+@pytest.mark.parametrize(("method", "table"), [("ptqd", ptqd), ("mmse", mmse)])
+def test_output_tables_are_those_of_the_moments(method: str, table: Any) -> None:
+    expected, corrected = table(moments(noise(), "A8")), correct(method)
+    assert torch.equal(corrected.table.output_scale, expected.a.float())
+    assert torch.equal(corrected.table.output_shift, expected.b.float())
+    assert corrected.recipe.correct == method and corrected.correction is not None
+    assert corrected.correction.only_output and corrected.noise is noise()
+    assert torch.equal(corrected.table.scale, model().table.scale)
+    assert model().correction is None and bool((model().table.output_scale == 1).all()), "the first one is unchanged"
+
+
+def test_ptqd_without_the_clamp() -> None:
+    """The quantised prediction of this network falls short of the float one: k < 0, and only the free k removes it."""
+    measured = moments(noise(), "A8")
+    assert bool((measured.k < 0).all())
+    free, clamped = correct("ptqd", clamp=False), correct("ptqd")
+    assert torch.equal(free.table.output_scale, ptqd(measured, clamp=False).a.float())
+    assert bool((clamped.table.output_scale == 1).all()) and bool((free.table.output_scale > 1).all())
+
+
+def test_mmse_lowers_the_error_of_every_row() -> None:
+    corrected = correct("mmse")
+    for (e, quantized), timestep in zip(pairs("w4a8"), noise().timesteps, strict=True):
+        row = noise().timesteps.index(timestep)
+        a, b = (t[row][:, None, None] for t in (corrected.table.output_scale, corrected.table.output_shift))
+        assert float((a * quantized + b - e).square().sum()) < float((quantized - e).square().sum())
+
+
+def test_ner_follows_the_corrected_rollout() -> None:
+    """Each row's K is that of (float rollout, rollout that carries the corrections of the rows before).
+
+    In mode A16, where no flipped rounding magnifies the last bits in which folded and unfolded corrections differ.
+    """
+    quantised = model("w4a16")
+    corrected = correct("ner+ibc", model=quantised)
+    assert corrected.correction is not None
+    float_steps: list[Step] = []
+    steps: list[Step] = []
+    start = initial_noise((SAMPLES, *SHAPE), SEED)
+    fed_float = []
+    with torch.no_grad():
+        denoise(networks.network(NAME), networks.ddim(), start, steps=STEPS, on_step=float_steps.append)
+        given = {"steps": STEPS, "correction": corrected.correction, "on_step": steps.append}
+        denoise(corrected, networks.ddim(), start, **given)
+        for row, (own, other) in enumerate(zip(steps, float_steps, strict=True)):
+            e_hat = quantised(own.sample, own.timestep).sample
+            k = ner(KeptSums.of(other.prediction, e_hat))
+            assert torch.allclose(corrected.table.output_scale[row].double(), k, atol=1e-5)
+            drift = (other.previous - own.previous).double().mean((0, 2, 3))
+            assert float(drift.abs().max()) < 1e-5, "the input bias removes the mean drift of its own samples"
+            fed_float.append(ner(KeptSums.of(other.prediction, quantised(other.sample, other.timestep).sample)))
+    assert bool((corrected.table.output_shift == 0).all())
+    assert bool((corrected.correction.input_bias != 0).any())
+    assert torch.allclose(corrected.table.output_scale[0].double(), fed_float[0], atol=1e-5)
+    assert not torch.allclose(corrected.table.output_scale[-1].double(), fed_float[-1], atol=1e-4)
+
+
+def test_ner_settings() -> None:
+    default, published = correct("ner"), correct("ner", ner_weights=NerWeights(published=True))
+    near_one = correct("ner", ner_weights=NerWeights(lambda2=1e9))
+    assert not torch.equal(default.table.output_scale, published.table.output_scale)
+    assert torch.allclose(near_one.table.output_scale, torch.ones(STEPS, 3), atol=1e-6)
+
+
+def test_the_variance_schedule_of_a_stochastic_sampler() -> None:
+    """s'^2 = s^2 - ce^2 a^2 q for DDIM with eta 1, clamped at 0; with eta 0 nothing is left to calibrate."""
+    found = measure(eta=1.0)
+    corrected = correct("ptqd+vsc", noise=found)
+    assert corrected.correction is not None
+    stepper = networks.ddim()
+    stepper.set_timesteps(STEPS)
+    left = ptqd(moments(found, "A8")).noise_variance
+    for row, t in enumerate(int(t) for t in stepper.timesteps):
+        before = t - 1000 // STEPS
+        ab = float(stepper.alphas_cumprod[t])
+        ab_before = float(stepper.alphas_cumprod[before]) if before >= 0 else 1.0
+        variance = (1 - ab_before) / (1 - ab) * (1 - ab / ab_before)
+        ce = math.sqrt(max(0.0, 1 - ab_before - variance)) - math.sqrt(ab_before * (1 - ab) / ab)
+        scale = math.sqrt(max(0.0, variance - ce**2 * float(left[row])) / variance) if variance > 1e-12 else 1.0
+        assert float(corrected.correction.sigma_scale[row]) == pytest.approx(scale, rel=1e-3, abs=1e-3)
+    assert bool((corrected.correction.sigma_scale < 1).any())
+    with pytest.warns(UserWarning, match=r"\+vsc does nothing, this sampler adds no noise"):
+        still = correct("ptqd+vsc")
+    assert still.correction is not None and still.correction.only_output
+
+
+def test_a_clipping_sampler_is_told_of() -> None:
+    unet, scheduler = networks.network(NAME), networks.ddim(clip_sample=True)
+    calibration = qe.calibrate(unet, scheduler, shape=SHAPE, steps=3, samples=2, eta=1.0)
+    quantised = qe.quantize(unet, calibration, qe.Recipe.named("w4a8"))
+    found = qe.measure_noise(quantised, unet, scheduler, SHAPE, samples=2)
+    with pytest.warns(UserWarning, match=r"\+vsc is approximate, the sampler clips the predicted sample"):
+        qe.correct(quantised, unet, scheduler, found, "none+vsc", shape=SHAPE)
+
+
+def test_keys_of_strangers_never_fit() -> None:
+    """A key without the fields that must agree is another setting, not a fitting one."""
+    from qdiff_engine.samplers import differences, sampler_key
+
+    mine = sampler_key(networks.ddim(), STEPS, 0.0, None)
+    assert differences(mine, mine) == []
+    for key in (
+        {},
+        {**mine, "scheduler": None},
+        {**mine, "scheduler": {}},
+        {**mine, "steps": "4"},
+        {**mine, "eta": []},
+    ):
+        assert differences(key, mine)
+    for changes in ({"steps": None}, {"eta": "0"}):
+        strange = dataclasses.replace(noise(), key={**noise().key, **changes})
+        with pytest.raises(ValueError, match="noise has no valid key"):
+            correct("ptqd", noise=strange)
+
+
+def test_rollouts_resume(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(index: int) -> None:
+        if index == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        correct("ner+ibc", cache_dir=tmp_path / "cache", on_step=stop)
+    assert len(list((tmp_path / "cache").glob("step-*"))) == 3
+    seen: list[int] = []
+    resumed, whole = correct("ner+ibc", cache_dir=tmp_path / "cache", on_step=seen.append), correct("ner+ibc")
+    assert seen == [0, 1, 2, 3] and resumed.correction is not None and whole.correction is not None
+    assert torch.equal(resumed.table.output_scale, whole.table.output_scale)
+    assert torch.equal(resumed.correction.input_bias, whole.correction.input_bias)
+
+
+def test_other_samplers_take_output_corrections_only() -> None:
+    """Noise of an Euler trajectory corrects the output there; a bias or a variance is refused."""
+    scheduler = EulerDiscreteScheduler(timestep_spacing="leading")
+    unet, case = networks.network(NAME), CASES[NAME]
+    calibration = qe.calibrate(unet, scheduler, shape=case.shape, steps=3, samples=2)
+    quantised = qe.quantize(unet, calibration, qe.Recipe.named("w4a8"))
+    found = qe.measure_noise(quantised, unet, scheduler, case.shape, samples=2)
+    corrected = qe.correct(quantised, unet, scheduler, found, "mmse", shape=case.shape)
+    images = qe.sample(corrected, scheduler, (1, *case.shape), steps=3, strict=True)
+    assert not torch.equal(images, qe.sample(quantised, scheduler, (1, *case.shape), steps=3))
+    assert qe.correct(quantised, unet, scheduler, found, "ner", shape=case.shape).correction is not None
+    for method in ("mmse+ibc", "none+vsc"):
+        with pytest.raises(ValueError, match="are for DDIM and DDPM, got EulerDiscreteScheduler"):
+            qe.correct(quantised, unet, scheduler, found, method, shape=case.shape)
+
+
+# ---- refused
+
+
+def test_wrong_measurements() -> None:
+    unet = networks.network(NAME)
+    for changes, message in (
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"eta": 1.5}, r"eta must lie in \[0, 1\]"),
+        ({"eta": -0.1}, r"eta must lie in \[0, 1\]"),
+        ({"steps": 3}, "3 timesteps, the model is calibrated on 4"),
+        ({"modes": ["A4"]}, "A4 are not in the model's plan"),
+        ({"modes": ["A5"]}, "modes must be some of A4, A8, A16, got A5"),
+        ({"modes": []}, "modes must be some of A4, A8, A16, got none"),
+        ({"calibration": networks.calibration("cifar")}, "calibration is not the one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measure(**changes)
+    with pytest.raises(ValueError, match="its parameters have another hash"):
+        qe.measure_noise(model(), networks.network("cifar"), networks.ddim(), SHAPE)
+    with pytest.raises(TypeError, match="model must be an IntegerUNet, got"):
+        qe.measure_noise(unet, unet, networks.ddim(), SHAPE)
+    with pytest.raises(TypeError, match="unet must be a torch module"):
+        qe.measure_noise(model(), toy, networks.ddim(), SHAPE)
+
+
+def toy(x: Tensor, t: Tensor) -> Tensor:
+    return x
+
+
+def test_wrong_corrections() -> None:
+    with pytest.raises(ValueError, match="correct must be none, ptqd, mmse or ner"):
+        correct("ptq")
+    with pytest.raises(ValueError, match="noise must be given"):
+        correct("ptqd", noise=None)
+    with pytest.raises(ValueError, match="another setting: scheduler clip_sample True, not False"):
+        correct("ptqd", scheduler=networks.ddim(clip_sample=True))
+    with pytest.raises(ValueError, match="scheduler class DDPMScheduler, not DDIMScheduler"):
+        correct("ptqd", scheduler=DDPMScheduler(clip_sample=False))
+    with pytest.raises(ValueError, match="the noise of A4 was not measured, only that of A8"):
+        correct("ptqd", model=model("w4a4"), noise=measure())
+    with pytest.raises(ValueError, match="lambda1 must lie in"):
+        correct("ner", ner_weights=NerWeights(lambda1=2.0))
+    with pytest.raises(ValueError, match="samples must be at least 1"):
+        correct("ner", samples=0)
+
+
+def test_one_sample_is_enough_to_be_defined() -> None:
+    found = measure(samples=1)
+    for method in ("ptqd", "mmse", "ner+ibc+vsc"):
+        corrected = correct(method, noise=found)
+        assert bool(torch.isfinite(corrected.table.output_scale).all())
+        image = qe.sample(corrected, networks.ddim(), (1, *SHAPE), steps=STEPS, strict=True)
+        assert bool(torch.isfinite(image).all())
+
+
+def test_a_recipe_that_asks_for_a_correction_says_what_to_call() -> None:
+    recipe = qe.Recipe.named("w4a8", correct="mmse+ibc")
+    with pytest.warns(UserWarning, match=r"correct='mmse\+ibc', which needs the sampler"):
+        quantised = qe.quantize(networks.network(NAME), networks.calibration(NAME), recipe)
+    corrected = correct(quantised.recipe.correct, model=quantised)
+    assert corrected.correction is not None and corrected.correction.method == "mmse+ibc"
+    cleared = correct("none", model=corrected)
+    assert cleared.correction is None and bool((cleared.table.output_scale == 1).all())
+    assert cleared.noise is noise(), "what was measured stays"
+
+
+# ---- artifacts
+
+
+def test_an_artifact_keeps_corrections_and_noise(tmp_path: Path) -> None:
+    corrected = correct("ner+ibc")
+    corrected.save_pretrained(tmp_path / "a")
+    loaded = qe.load(tmp_path / "a")
+    assert loaded.correction is not None and loaded.noise is not None and corrected.correction is not None
+    assert (loaded.correction.method, loaded.correction.key) == ("ner+ibc", corrected.correction.key)
+    assert loaded.correction.timesteps == corrected.correction.timesteps
+    for name in ("input_bias", "sigma_scale"):
+        assert torch.equal(getattr(loaded.correction, name), getattr(corrected.correction, name))
+    assert (loaded.noise.key, loaded.noise.modes) == (noise().key, MODES)
+    assert torch.equal(loaded.noise.sums, noise().sums) and torch.equal(loaded.noise.alpha_bar, noise().alpha_bar)
+    loaded.save_pretrained(tmp_path / "b")
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    images = [qe.sample(m, networks.ddim(), (2, *SHAPE), steps=STEPS, strict=True) for m in (corrected, loaded)]
+    assert torch.equal(*images)
+    again = qe.correct(loaded, networks.network(NAME), networks.ddim(), method="mmse", shape=SHAPE)
+    assert torch.equal(again.table.output_scale, correct("mmse").table.output_scale), "the saved noise serves again"
+
+
+def test_an_artifact_without_corrections_has_no_trace_of_them(tmp_path: Path) -> None:
+    """What was written before there were corrections still loads: its recipe has no such field either."""
+    from test_artifact_faults import resealed, write
+
+    model().save_pretrained(tmp_path / "a")
+    data = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    config = json.loads(data["config.json"])
+    assert not {"correction", "noise"} & set(config)
+    del config["recipe"]["correct"]
+    write(tmp_path / "old", resealed(data, config))
+    loaded = qe.load(tmp_path / "old")
+    assert loaded.correction is None and loaded.noise is None and loaded.recipe.correct == "none"
+    x = networks.normal(1, *SHAPE)
+    assert torch.equal(loaded(x, 250).sample, model()(x, 250).sample)
+
+
+BAD: list[tuple[str, Any, str]] = [
+    ("correction", [], "'correction' must hold"),
+    ("correction", {"method": "ptqd"}, "'correction' must hold 'method' and 'key'"),
+    ("correction", {"method": 3, "key": {}}, "'correction'.method must be of type str"),
+    ("correction", {"method": "rm -rf", "key": {}}, "'correction'.method: correct must be none"),
+    ("correction", {"method": "ptqd", "key": []}, "'correction'.key must be of type dict"),
+    ("noise", {"modes": ["A8"]}, "'noise' must hold 'modes' and 'key'"),
+    ("noise", {"modes": [], "key": {}}, "'noise'.modes must hold some of A4, A8, A16"),
+    ("noise", {"modes": ["A8", "A8", "A4"], "key": {}}, "'noise'.modes must hold"),
+    ("noise", {"modes": ["A8", ["A4"], "A16"], "key": {}}, "'noise'.modes must hold"),
+    ("noise", {"modes": ["A4", "A8"], "key": {}}, "noise.sums"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), BAD)
+def test_a_strangers_fields_are_checked(field: str, value: Any, message: str, tmp_path: Path) -> None:
+    from test_artifact_faults import refused, resealed, write
+
+    correct("ner+ibc").save_pretrained(tmp_path / "a")
+    data = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    config = {**json.loads(data["config.json"]), field: value}
+    assert message in refused(write(tmp_path / "b", resealed(data, config)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("correction.input_bias", math.nan, "correction: input_bias must be finite"),
+        ("correction.sigma_scale", 2.0, r"correction: sigma_scale must lie in [0, 1]"),
+        ("noise.sums", math.inf, "noise: sums must be finite"),
+        ("noise.alpha_bar", -1.0, "noise: alpha_bar must lie in [0, 1]"),
+    ],
+)
+def test_a_strangers_tensors_are_checked(name: str, value: float, message: str, tmp_path: Path) -> None:
+    import safetensors.torch
+    from test_artifact_faults import refused, resealed, write
+
+    from qdiff_engine.runtime.tensor_file import write_tensors
+
+    correct("ner+ibc").save_pretrained(tmp_path / "a")
+    tensors = safetensors.torch.load((tmp_path / "a" / "model.safetensors").read_bytes())
+    tensors[name].view(-1)[1] = value
+    with open(tmp_path / "a" / "model.safetensors", "wb") as file:
+        write_tensors(file, tensors)
+    data = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    assert message in refused(write(tmp_path / "b", resealed(data)))
+
+
+def test_corrections_of_other_rows_are_refused(tmp_path: Path) -> None:
+    corrected = correct("ptqd")
+    assert corrected.correction is not None
+    rows = tuple(t + 1 for t in corrected.correction.timesteps)
+    corrected.correction = dataclasses.replace(corrected.correction, timesteps=rows)
+    with pytest.raises(ValueError, match="correction has other rows than the plan"):
+        corrected.save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
