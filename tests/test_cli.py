@@ -125,7 +125,8 @@ def test_sample_writes_tensors(run: Run, artifact: Path, tmp_path: Path) -> None
 
 def test_compare(run: Run, artifact: Path) -> None:
     data = loaded(run("compare", artifact, "--reference", "demo", "--n", 2, "--json"))
-    assert set(data) == {"psnr_db", "psnr_db_min", "step_sqnr_db", "latent_error", "finite", "samples"}
+    assert {"psnr_db", "psnr_db_min", "step_sqnr_db", "latent_error", "finite", "samples"} <= set(data)
+    assert {"ssim", "frechet_to_float", "frechet_note", "class_accuracy", "class_entropy"} <= set(data)
     assert len(data["step_sqnr_db"]) == len(data["latent_error"]) == 3 and data["samples"] == 2
     assert data["psnr_db"] >= data["psnr_db_min"] > 10 and data["finite"]
 

@@ -26,7 +26,8 @@ LAYERS = (
     {"reference", "_C"},
     {"ops"},
     {"graph", "sampling", "rounding"},
-    {"runtime", "calibration", "quantization", "evaluation", "benchmarking", "measuring", "models", "pictures", "bops"},
+    {"runtime", "calibration", "quantization", "evaluation", "benchmarking", "measuring", "models", "pictures", "bops"}
+    | {"digits", "quality"},
     {"cli"},
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

@@ -69,6 +69,44 @@ def sampling_options(function: Function) -> Function:
     return function
 
 
+features_option = click.option(
+    "--features",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="Feature extractor of the Fréchet distance: auto (the digit classifier for the bundled model), digits, none, "
+    "or package.module:name, a torch module or a function that returns one; images [n, C, H, W] in [-1, 1] go in, "
+    "features [n, F] or (features, logits) come out.",
+)
+
+
+def read_features(name: str) -> Any:
+    """``--features`` as `evaluation.compare` takes it; of a dotted name, the object that Python imports.
+
+    Raises:
+        ValueError: no such module or name, or something that is no extractor.
+    """
+    if name in ("auto", "digits"):
+        return name
+    if name == "none":
+        return None
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"--features {name}: name auto, digits, none or package.module:name")
+    import importlib
+
+    from torch import nn
+
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--features {name}: {error}; the module must be importable (see PYTHONPATH)") from error
+    made = found if isinstance(found, nn.Module) or not callable(found) else found()
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"--features {name}: must be or return a torch module, got {type(made).__name__}")
+    return made.eval()
+
+
 def machine_options(function: Function) -> Function:
     """--device, --threads."""
     function = count_option("--threads", None, "CPU threads; torch's default otherwise.")(function)

@@ -12,10 +12,12 @@ from .options import (
     Command,
     check_conditioning,
     count_option,
+    features_option,
     guidance_arguments,
     machine_options,
     make_sampler,
     pass_output,
+    read_features,
     sampling_options,
     scheduler_of,
     use_machine,
@@ -125,6 +127,7 @@ def _write_samples(path: Path, images: Any) -> None:
 @count_option("--steps", None, "Denoising steps; those of the calibration otherwise.")
 @count_option("--n", 16, "Images to compare.")
 @count_option("--seed", 0, "Seed of the initial noise.", least=0)
+@features_option
 @_SAMPLER
 @sampling_options
 @machine_options
@@ -136,6 +139,7 @@ def compare(
     steps: int | None,
     n: int,
     seed: int,
+    features: str,
     sampler: str,
     eta: float | None,
     guidance: float | None,
@@ -146,6 +150,7 @@ def compare(
 ) -> None:
     """Sample ART and its float original from the same noise, and measure how far they are apart."""
     guided = guidance_arguments(conditioning, guidance)
+    extractor = read_features(features)
     from ..evaluation import compare as run
     from ..runtime.model import load
 
@@ -166,6 +171,7 @@ def compare(
             seed,
             eta=_eta(eta, model.key),
             batch=batch,
+            features=extractor,
             on_step=lambda *_: advance(),
             **guided,
         )
@@ -199,9 +205,24 @@ def _show_comparison(console: Any, report: Any) -> None:
     console.print(table)
     console.print(
         f"PSNR to float: {report.psnr_db:.2f} dB, mean of {report.samples} images, "
-        f"{report.psnr_db_min:.2f} dB for the worst",
+        f"{report.psnr_db_min:.2f} dB for the worst; SSIM {report.to_dict()['ssim']:.4f}",
         soft_wrap=True,
     )
+    console.print(_perceived(report.perception), soft_wrap=True)
+
+
+def _perceived(seen: Any) -> str:
+    """What the feature extractor saw, in a line or two."""
+    distance = "none" if seen.frechet_to_float is None else f"{seen.frechet_to_float:.4g}"
+    text = f"Fréchet distance of features to float: {distance}"
+    text += f" ({seen.frechet_note})" if seen.frechet_note else ""
+    if seen.class_accuracy is not None:
+        text += (
+            f"\nthe class of the float image in {seen.class_accuracy:.1%}; entropy of an image's class "
+            f"{seen.class_entropy:.3f} nats ({seen.class_entropy_float:.3f} in float), of the set's "
+            f"{seen.class_diversity:.3f} ({seen.class_diversity_float:.3f})"
+        )
+    return text
 
 
 @click.command(cls=Command)
