@@ -167,7 +167,7 @@ def compare_all(
 
     def follow(step: Step) -> None:
         for name, model in models.items():
-            prediction = _guided(model, guidance, step, batch)
+            prediction = guided_prediction(model, guidance, step, batch)
             noise_energy = float((prediction - step.prediction).double().square().sum())
             sqnr[name].append(decibels(float(step.prediction.double().square().sum()), noise_energy))
         path.append(step.previous)
@@ -202,7 +202,7 @@ def extractor_named(features: Extractor | str | None, unet: Any) -> Extractor | 
     return digit_classifier()
 
 
-def _guided(model: Any, guidance: Guidance, step: Step, batch: int) -> Tensor:
+def guided_prediction(model: Any, guidance: Guidance, step: Step, batch: int) -> Tensor:
     """The model's guided prediction for the latents that the original received at ``step``."""
     chunks = [range(j, min(j + batch, len(step.sample))) for j in range(0, len(step.sample), batch)]
     parts = [guidance.prediction(model, step.sample[c.start : c.stop], step.timestep, c) for c in chunks]

@@ -22,12 +22,12 @@ ENGINE, KERNELS = ROOT / "qdiff_engine", ROOT / "kernels" / "qdiff_kernels"
 
 # lowest first; a module belongs to the layer of its file or folder directly below the package
 LAYERS = (
-    {"version", "numerics", "tables", "weights", "recipe"},
+    {"version", "numerics", "tables", "weights", "recipe", "plan_requests"},
     {"reference", "_C"},
     {"ops"},
     {"graph", "sampling", "rounding"},
     {"runtime", "calibration", "quantization", "evaluation", "benchmarking", "measuring", "models", "pictures", "bops"}
-    | {"digits", "quality"},
+    | {"digits", "quality", "plans"},
     {"cli"},
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

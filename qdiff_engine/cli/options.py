@@ -101,7 +101,10 @@ def read_features(name: str) -> Any:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"--features {name}: {error}; the module must be importable (see PYTHONPATH)") from error
-    made = found if isinstance(found, nn.Module) or not callable(found) else found()
+    try:
+        made = found if isinstance(found, nn.Module) or not callable(found) else found()
+    except TypeError as error:
+        raise ValueError(f"--features {name}: must be a function without arguments ({error})") from error
     if not isinstance(made, nn.Module):
         raise ValueError(f"--features {name}: must be or return a torch module, got {type(made).__name__}")
     return made.eval()
@@ -251,14 +254,16 @@ def scheduler_from(kind: Any, config: dict[str, Any]) -> Any:
 
 
 def read_plan(plan: str, scheduler: Any, steps: int) -> str | tuple[str, ...]:
-    """``--plan``: "uniform", or the modes in a JSON file (a list of modes or of {timestep, mode}), row by row."""
-    if plan == "uniform":
-        return plan
+    """``--plan``: a name or request, or the modes in a JSON file (a list of modes or of {timestep, mode}), by row."""
+    if plan.split(":")[0] in ("uniform", "snr", "budget", "preset"):
+        return plan  # the recipe checks it
     path = Path(plan)
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file; --plan is 'uniform' or a JSON file") from error
+        raise FileNotFoundError(
+            f"{path}: no such file; --plan is uniform, snr, budget:FRACTION, preset:NAME or a JSON file"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f'{path}: not JSON ({error}); a plan is a list of modes such as ["A16", "A8"]') from error
     from ..sampling import prepared
