@@ -146,6 +146,18 @@ def test_compare_with_a_named_extractor(
     assert loaded(run(*arguments, "none"))["class_accuracy"] is None
 
 
+def test_report(run: Run, artifact: Path, tmp_path: Path) -> None:
+    arguments = ["report", artifact, "--reference", "demo", "--n", 2, "--out", tmp_path / "new" / "page", "--json"]
+    data = loaded(run(*arguments))
+    path = tmp_path / "new" / "page" / "index.html"
+    assert data["page"] == str(path) and data["bytes"] == path.stat().st_size
+    assert [p.name for p in path.parent.iterdir()] == ["index.html"]
+    compared = loaded(run("compare", artifact, "--reference", "demo", "--n", 2, "--json"))
+    assert data["comparisons"] == {"integers": compared}
+    assert f"{compared['psnr_db']:.2f} dB" in path.read_text()
+    refused(run("report", artifact, "--reference", "demo", "--out", path), "index.html")
+
+
 @pytest.mark.parametrize(
     ("plan", "serves", "shares"),
     [("snr:share=0.5", "distribution", (0.5, 0.5)), ("budget:0.75:A4,A8", "fidelity", (0.5, 0.5))],
@@ -189,7 +201,9 @@ def test_doctor(run: Run) -> None:
         assert data["fast"] and data["verdict"].startswith("Fast for integers")
 
 
-@pytest.mark.parametrize("command", ["demo", "calibrate", "inspect", "sample", "compare", "bops", "bench", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["demo", "calibrate", "inspect", "sample", "compare", "report", "bops", "bench", "doctor"]
+)
 def test_help(command: str, run: Run) -> None:
     status, out, error = run(command, "--help")
     assert status == 0 and error == "" and "--json" in out and "--debug" in out

@@ -27,7 +27,7 @@ LAYERS = (
     {"ops"},
     {"graph", "sampling", "rounding"},
     {"runtime", "calibration", "quantization", "evaluation", "benchmarking", "measuring", "models", "pictures", "bops"}
-    | {"digits", "quality", "plans"},
+    | {"digits", "quality", "plans", "reporting"},
     {"cli"},
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

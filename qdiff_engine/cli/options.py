@@ -69,6 +69,14 @@ def sampling_options(function: Function) -> Function:
     return function
 
 
+sampler_option = click.option(
+    "--sampler",
+    type=click.Choice(["artifact", "ddim", "ddpm"]),
+    default="artifact",
+    show_default=True,
+    help="'artifact' is the sampler that ART was calibrated with.",
+)
+
 features_option = click.option(
     "--features",
     default="auto",

@@ -18,19 +18,13 @@ from .options import (
     make_sampler,
     pass_output,
     read_features,
+    sampler_option,
     sampling_options,
     scheduler_of,
     use_machine,
 )
 from .output import Output, megabytes
 
-_SAMPLER = click.option(
-    "--sampler",
-    type=click.Choice(["artifact", "ddim", "ddpm"]),
-    default="artifact",
-    show_default=True,
-    help="'artifact' is the sampler that ART was calibrated with.",
-)
 _PICTURES, _TENSORS = (".png",), (".safetensors",)
 
 
@@ -40,7 +34,7 @@ _PICTURES, _TENSORS = (".png",), (".safetensors",)
 @count_option("--steps", None, "Denoising steps; those of the calibration otherwise.")
 @count_option("--seed", 0, "Seed of the initial noise.", least=0)
 @click.option("--out", required=True, metavar="FILE", help="FILE.png, a grid; or FILE.safetensors, the raw samples.")
-@_SAMPLER
+@sampler_option
 @sampling_options
 @machine_options
 @pass_output
@@ -83,7 +77,7 @@ def sample(
             (n, channels, height, width),
             steps,
             seed,
-            eta=_eta(eta, model.key),
+            eta=eta_of(eta, model.key),
             batch=batch,
             on_step=lambda _: advance(),
             **guided,
@@ -94,7 +88,8 @@ def sample(
     output.result(data, lambda console: console.print(f"{path}: {n} images in {seconds:.1f} s", soft_wrap=True))
 
 
-def _eta(given: float | None, key: dict[str, Any]) -> float:
+def eta_of(given: float | None, key: dict[str, Any]) -> float:
+    """``--eta``, or the one that the artifact was calibrated with."""
     return float(key.get("eta", 0.0)) if given is None else given
 
 
@@ -128,7 +123,7 @@ def _write_samples(path: Path, images: Any) -> None:
 @count_option("--n", 16, "Images to compare.")
 @count_option("--seed", 0, "Seed of the initial noise.", least=0)
 @features_option
-@_SAMPLER
+@sampler_option
 @sampling_options
 @machine_options
 @pass_output
@@ -169,7 +164,7 @@ def compare(
             steps,
             n,
             seed,
-            eta=_eta(eta, model.key),
+            eta=eta_of(eta, model.key),
             batch=batch,
             features=extractor,
             on_step=lambda *_: advance(),
