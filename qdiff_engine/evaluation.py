@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .calibration.calibration import sample_shape
 from .graph.capture import hash_parameters
-from .models import DEMO_HASH
+from .models import DEMO_HASH, DEMO_PARAMETERS
 from .quality import PIXEL_PEAK, Extractor, Perception, perceive, structural_similarity
 from .sampling import Conditioning, Guidance, Step, check_count, denoise, initial_noise
 
@@ -195,11 +195,18 @@ def extractor_named(features: Extractor | str | None, unet: Any) -> Extractor | 
         return features
     if features not in (AUTO, "digits"):
         raise ValueError(f"features must be a module, 'auto', 'digits' or None, got {features!r}")
-    if features == AUTO and (not isinstance(unet, nn.Module) or hash_parameters(unet) != DEMO_HASH):
+    if features == AUTO and not _is_bundled(unet):
         return None
     from .digits import digit_classifier
 
     return digit_classifier()
+
+
+def _is_bundled(unet: Any) -> bool:
+    """Whether ``unet`` is the bundled network; a large one is told by its size, without hashing it."""
+    if not isinstance(unet, nn.Module) or sum(p.numel() for p in unet.parameters()) != DEMO_PARAMETERS:
+        return False
+    return hash_parameters(unet) == DEMO_HASH
 
 
 def guided_prediction(model: Any, guidance: Guidance, step: Step, batch: int) -> Tensor:

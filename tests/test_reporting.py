@@ -144,8 +144,8 @@ def test_a_corrected_model_is_shown_with_and_without_its_correction() -> None:
     assert list(report.comparisons) == [MODEL, PLAIN]
     assert report.comparisons[PLAIN].to_dict() == measured(plain).comparisons[MODEL].to_dict()
     assert report.comparisons[MODEL].psnr_db != report.comparisons[PLAIN].psnr_db
-    assert list(report.corrections) == ["scale a", "correlated share k = 1 / a - 1", "shift b", "sigma"]
-    assert report.corrections["correlated share k = 1 / a - 1"].allclose(torch.tensor(0.25))
+    assert list(report.corrections) == ["scale a", "k = 1 / a - 1", "shift b", "sigma"]
+    assert report.corrections["k = 1 / a - 1"].allclose(torch.tensor(0.25))
     reader = read(render(report, "corrected"))
     assert "Corrections" in reader.headings and len(reader.images) == 9
     assert {MODEL, PLAIN} <= set(reader.cells)

@@ -16,7 +16,7 @@ from ..tables import Table
 COLOURS = ("#1f4e79", "#d9822b", "#3f8f6b", "#8a4f9e")
 MODE_COLOURS = {"A4": "#f2b8a0", "A8": "#cfe3f5", "A16": "#d8ecd2"}
 _SHOWN_BARS = 20
-_LABELLED_SITES = 60
+_LABELLED_SITES = 90
 _AXIS = "timestep (noise on the left, image on the right)"
 
 
@@ -41,8 +41,10 @@ def over_timesteps(
         _shade(axis, timesteps, modes)
     if logarithmic and any(v > 0 for values in lines.values() for v in values):
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
     _dress(axis, timesteps, label)
-    figure.legend(loc="outside upper left", ncols=5, fontsize=9, frameon=False)
+    figure.legend(loc="outside upper left", ncols=3, fontsize=9, frameon=False)
     return figure_png(figure)
 
 
@@ -80,7 +82,7 @@ def _dress(axis: Any, timesteps: Sequence[float], label: str) -> None:
     axis.set_xlabel(_AXIS, fontsize=9)
     axis.set_ylabel(label, fontsize=9)
     axis.grid(alpha=0.25, lw=0.5)
-    axis.tick_params(labelsize=8)
+    axis.tick_params(labelsize=8, which="both")
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -89,11 +91,11 @@ def correction_lines(timesteps: Sequence[float], values: Tensor, label: str) -> 
     channels = values.double().reshape(len(timesteps), -1)
     figure, (axis,) = make_figure(1, 1, size=(9, 2.6))
     low, high = channels.amin(1).tolist(), channels.amax(1).tolist()
-    if channels.shape[1] > 1:
-        axis.fill_between(timesteps, low, high, color=COLOURS[0], alpha=0.2, lw=0, label="span over channels")
     axis.plot(timesteps, channels.mean(1).tolist(), color=COLOURS[0], lw=1.6, label="mean over channels")
     _dress(axis, timesteps, label)
-    figure.legend(loc="outside upper left", ncols=2, fontsize=9, frameon=False)
+    if channels.shape[1] > 1:
+        axis.fill_between(timesteps, low, high, color=COLOURS[0], alpha=0.2, lw=0, label="span over channels")
+        figure.legend(loc="outside upper left", ncols=2, fontsize=9, frameon=False)
     return figure_png(figure)
 
 
@@ -104,7 +106,7 @@ def range_heat_map(table: Table) -> bytes:
     """
     size = covered(table).T
     sites, rows = size.shape
-    figure, (axis,) = make_figure(1, 1, size=(9, min(max(2.5, 0.16 * sites + 1), 14)))
+    figure, (axis,) = make_figure(1, 1, size=(9, min(max(2.5, 0.11 * sites + 1), 10)))
     axis.set_facecolor("#d0d0d0")
     picture = axis.imshow(
         size.log10().numpy(),
@@ -117,10 +119,12 @@ def range_heat_map(table: Table) -> bytes:
     axis.set_xticks(ticks, [f"{table.timesteps[r]:g}" for r in ticks])
     every = math.ceil(sites / _LABELLED_SITES)
     axis.set_yticks([s + 0.5 for s in range(0, sites, every)], [table.sites[s] for s in range(0, sites, every)])
-    axis.tick_params(axis="y", labelsize=6)
+    axis.tick_params(axis="y", labelsize=5.5)
     axis.tick_params(axis="x", labelsize=8)
     axis.set_xlabel(_AXIS, fontsize=9)
-    figure.colorbar(picture, ax=axis, shrink=0.6, label="log10 of the largest value", pad=0.01)
+    bar = figure.colorbar(picture, ax=axis, shrink=0.6, pad=0.01)
+    bar.set_label("log10 of the largest value", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
     return figure_png(figure)
 
 
@@ -135,15 +139,13 @@ def covered(table: Table) -> Tensor:
 def bops_by_layer(bops: Bops) -> bytes:
     """PNG of the layers' BOPs, the largest first; the many small ones together."""
     layers = sorted(bops.layers, key=lambda layer: -layer.gbops)
-    shown = [(layer.name, layer.gbops, layer.weight_bits < 32) for layer in layers[:_SHOWN_BARS]]
+    shown = [(layer.name, layer.gbops, COLOURS[layer.weight_bits == 32]) for layer in layers[:_SHOWN_BARS]]
     rest = layers[_SHOWN_BARS:]
     if rest:
-        shown.append((f"{len(rest)} smaller ones", math.fsum(layer.gbops for layer in rest), True))
+        shown.append((f"{len(rest)} smaller ones", math.fsum(layer.gbops for layer in rest), "#8c959f"))
     figure, (axis,) = make_figure(1, 1, size=(9, 0.24 * len(shown) + 1))
     places = range(len(shown))
-    axis.barh(
-        places, [value for _, value, _ in shown], color=[COLOURS[0] if integer else COLOURS[1] for *_, integer in shown]
-    )
+    axis.barh(places, [value for _, value, _ in shown], color=[colour for *_, colour in shown])
     axis.set_yticks(places, [name for name, *_ in shown])
     axis.invert_yaxis()
     axis.tick_params(labelsize=7)

@@ -111,7 +111,7 @@ def output_corrections(table: Table) -> dict[str, Tensor]:
     a, b = table.output_scale, table.output_shift
     if bool((a == 1).all()) and bool((b == 0).all()):
         return {}
-    return {"scale a": a, "correlated share k = 1 / a - 1": 1 / a - 1, "shift b": b}
+    return {"scale a": a, "k = 1 / a - 1": 1 / a - 1, "shift b": b}
 
 
 def without_correction(model: IntegerUNet) -> IntegerUNet:
@@ -169,7 +169,7 @@ def summary_rows(report: Report) -> list[list[str]]:
     rows = [["", *columns]]
 
     def row(name: str, *values: str) -> None:
-        rows.append([name, *values, *[values[0]] * (len(columns) - len(values))])
+        rows.append([name, *values, *[""] * (len(columns) - len(values))])
 
     modes = report.table.modes
     row("plan", ", ".join(f"{modes.count(m)} of {len(modes)} rows at {m}" for m in dict.fromkeys(modes)))
