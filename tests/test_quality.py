@@ -67,6 +67,15 @@ def test_frechet_distance_of_a_set_to_itself_is_zero() -> None:
     assert frechet_distance(x, x.flip(0)) == pytest.approx(0, abs=1e-12)
 
 
+def test_frechet_distance_of_independent_draws_is_what_the_rule_says() -> None:
+    """2 F / n from the means and F (F + 1) / (2 n) from the covariances: the bias that few samples leave."""
+    n, width = 160, 16
+    draws = [frechet_distance(normal(n, width, seed=2 * i), normal(n, width, seed=2 * i + 1)) for i in range(20)]
+    expected = 2 * width / n + width * (width + 1) / (2 * n)
+    assert sum(draws) / len(draws) == pytest.approx(expected, rel=0.1)
+    assert expected == pytest.approx(width * (width + 5) / (2 * n))
+
+
 def test_frechet_distance_needs_more_samples_than_features() -> None:
     with pytest.raises(ValueError, match="4 features needs more than 4 samples, got 4"):
         frechet_distance(normal(4, 4), normal(50, 4))
