@@ -272,6 +272,12 @@ def _show_timing(console: Any, data: dict[str, Any]) -> None:
         speedup = f"{data['speedup'][name]:.2f}x" if name in data["speedup"] else ""
         table.add_row(name, f"{row['median']:.2f}", f"{row['p05']:.2f}", f"{row['p95']:.2f}", speedup)
     console.print(table)
+    if len(data["modes_ms"]) > 1:
+        modes = ", ".join(f"{mode} {value:.2f} ms" for mode, value in data["modes_ms"].items())
+        console.print(
+            f"{data['plan_ms']:.2f} ms on average over the plan's steps ({modes}); the gains are of that",
+            soft_wrap=True,
+        )
     for name, reason in data.get("baselines_absent", {}).items():
         console.print(f"not run: {name} ({reason})", soft_wrap=True)
     peak = data["peak_memory_bytes"]
