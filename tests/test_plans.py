@@ -138,8 +138,8 @@ def test_blocks_cover_all_rows() -> None:
 
 def test_more_bits_are_never_called_worse() -> None:
     errors = torch.tensor([[[2.0], [3.0], [1.0]], [[1.0], [3.0], [4.0]]], dtype=torch.float64)
-    effects = Effects("A8", MODES, (1, 1), errors)
-    assert effects.costs().tolist() == [[-1.0, -1.0, -2.0], [-2.0, -2.0, -2.0]]
+    effects = Effects(MODES, (1, 1), errors)
+    assert effects.costs().tolist() == [[2.0, 2.0, 1.0], [1.0, 1.0, 1.0]]
 
 
 class Still(nn.Module):
@@ -186,7 +186,7 @@ def final_error(models: Any, row: Any, sampler: Sampler, reference: Tensor, mode
 @pytest.mark.parametrize("fraction", [0.6, 0.75, 1.0, 1.2])
 def test_where_effects_add_up_the_plan_is_the_best_of_all(fraction: float) -> None:
     models, row, sampler = additive_case()
-    reference = sampler.run(Still())
+    reference, path = sampler.path(Still())
     plans = [p for p in itertools.product(MODES, repeat=ROWS) if switchable_fraction(p) <= fraction + 1e-9]
     measured = {plan: final_error(models, row, sampler, reference, plan) for plan in plans}
     least = min(measured.values())
@@ -197,13 +197,10 @@ def test_where_effects_add_up_the_plan_is_the_best_of_all(fraction: float) -> No
     assert measured[found.modes] == pytest.approx(least, rel=1e-4)
     assert found.final_error == pytest.approx(measured[found.modes], rel=1e-6) and found.serves == "fidelity"
     assert len(calls) == trials(request, ROWS)
-    for base in ("A4", "A8"):
-        effects = measure_effects(models, row, ROWS, sampler, reference, base)
-        uniform = final_error(models, row, sampler, reference, (base,) * ROWS)
-        costs = effects.costs()
-        for plan in plans[::37]:
-            predicted = uniform + sum(float(costs[r, MODES.index(mode)]) for r, mode in enumerate(plan))
-            assert predicted == pytest.approx(measured[plan], rel=1e-3)
+    costs = measure_effects(models, row, ROWS, Still(), sampler, path, reference).costs()
+    for plan in plans[::37]:
+        predicted = sum(float(costs[r, MODES.index(mode)]) for r, mode in enumerate(plan))
+        assert predicted == pytest.approx(measured[plan], rel=1e-4)
 
 
 def mode_models(name: str, recipe: Recipe) -> dict[str, Any]:
@@ -230,9 +227,9 @@ def test_on_a_network_the_plan_is_near_the_best_of_all(fraction: float, monkeypa
 
 def test_rows_that_the_sampler_never_visits_have_no_effect() -> None:
     models, row, sampler = additive_case()
-    reference = sampler.run(Still())
-    effects = measure_effects(models, lambda t: row(t), ROWS + 2, sampler, reference, "A8")
-    assert bool((effects.costs()[ROWS:] == 0).all()) and bool((effects.costs()[:ROWS, 0] > 0).all())
+    reference, path = sampler.path(Still())
+    effects = measure_effects(models, row, ROWS + 2, Still(), sampler, path, reference)
+    assert bool((effects.errors[ROWS:] == 0).all()) and bool((effects.errors[:ROWS] > 0).all())
 
 
 def test_signal_to_noise_of_the_bundled_schedule(demo_scheduler: Any) -> None:
@@ -361,5 +358,5 @@ def test_the_mixed_recipe() -> None:
 def test_within_budget_expands_blocks() -> None:
     errors = torch.zeros(2, 2, 1, dtype=torch.float64)
     errors[0, 0], errors[1, 0] = 5.0, 1.0  # A4 hurts in the first block
-    effects = Effects("A8", ("A4", "A8"), (2, 3), errors)
+    effects = Effects(("A4", "A8"), (2, 3), errors)
     assert within_budget(effects, 0.7) == ("A8", "A8", "A4", "A4", "A4")

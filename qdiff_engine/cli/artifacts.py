@@ -158,7 +158,7 @@ def _calibrated(data: dict[str, Any]) -> str:
     if plan is None:
         return text
     shares = ", ".join(f"{share:.0%} of the steps at {mode}" for mode, share in plan["shares"].items() if share)
-    why = f"SNR threshold {plan['threshold']:.3g}" if plan["threshold"] is not None else "least error of those tried"
+    why = f"SNR threshold {plan['threshold']:.3g}" if plan["threshold"] is not None else "least final error"
     return f"{text}\nplan for {plan['serves']}: {shares}; {plan['switchable_fraction']:.3g} of the BOPs at A8 ({why})"
 
 

@@ -1,11 +1,12 @@
 """The plan of least final error under a BOPs budget.
 
 Final error: mean squared difference between the final images of the integer model and of the float one, from the same
-noise. A row's effect is what the error becomes when that row alone runs at another mode, propagated through the rest
-of the trajectory, on integers, at the modes of a base plan. Assumption: effects of rows add up. It is exact for
-errors of different rows that stay uncorrelated and small, and rough where images change altogether; so effects are
-measured around both uniform plans that enclose the budget, the best plan of each is found exactly, and the one of
-smaller *measured* error wins.
+noise. A row's contribution at a mode is the final error when that row alone runs on integers, at that mode, and the
+float network carries it through the rest of the trajectory. Assumption: contributions of rows add up. It is exact where
+errors of different rows are uncorrelated and the trajectory carries them linearly, and rough where images change
+altogether; under it the plan is the best there is. Contributions to the float image are measured, and not changes of a
+plan's own error: in those every row's effect is multiplied with the sum of all others, which a few samples do not
+average away.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..plan_requests import FULL_BITS, MODE_BITS
+from ..sampling import Step
 from .trial import Planned, Sampler, by_bits, final_errors
 
 MAX_BLOCKS = 25  # neighbouring rows beyond that are switched together: the cost is quadratic
+_FLOAT = "float"
 _UNIT = 4  # bits; every mode has a multiple of it
 
 Progress = Callable[[], None]
@@ -28,67 +32,61 @@ Progress = Callable[[], None]
 
 @dataclass(frozen=True)
 class Effects:
-    """What switching one block of rows does to the final error.
+    """What running one block of rows on integers does to the final image.
 
     Args:
-        base: the mode of all other rows.
         modes: fewest bits first; ``sizes``: rows of each block, noisiest first.
-        errors: float64 [B, M, n], the final error of every image with block b at mode m; base in its own column.
+        errors: float64 [B, M, n], the final error of every image with block b at mode m and all else in float.
     """
 
-    base: str
     modes: tuple[str, ...]
     sizes: tuple[int, ...]
     errors: Tensor
 
     def costs(self) -> Tensor:
-        """float64 [B, M]: mean change of the final error against the base, never larger for more bits.
+        """float64 [B, M]: mean contribution to the final error, never larger for more bits.
 
-        A measured gain of fewer bits is noise of a few samples, so a mode is as good as the best one below it.
+        Where fewer bits seem better, that is noise of a few samples: a mode is as good as the best one below it.
         """
-        base = self.errors[:, self.modes.index(self.base)]
-        changes = (self.errors - base[:, None]).mean(2)
-        return changes.cummin(1).values
+        return self.errors.mean(2).cummin(1).values
 
 
 def measure_effects(
     models: Mapping[str, Any],
     row: Callable[[float], int],
     rows: int,
+    unet: Any,
     sampler: Sampler,
+    path: Sequence[Step],
     reference: Tensor,
-    base: str,
     on_trial: Progress | None = None,
 ) -> Effects:
-    """`Effects` of every block around the uniform plan ``base``.
+    """`Effects` of every block.
 
-    Costs about rows^2 / 2 evaluations of the network per further mode: steps before the block are replayed.
+    Costs about blocks x rows / 2 evaluations of the float network per mode: steps before the block are replayed.
 
     Args:
         models: one per mode; ``row``: of a timestep; ``rows``: how many there are.
-        reference: the float network's final images for the sampler's noise.
-        on_trial: called after each of the blocks x (modes - 1) trials.
+        unet, path, reference: the float network, its steps and its final images for the sampler's noise.
+        on_trial: called after each of the blocks x modes trials.
     """
     modes, sizes = tuple(by_bits(models)), block_sizes(rows)
-    images, path = sampler.path(Planned(models, row, (base,) * rows))
-    uniform = final_errors(images, reference)
+    contestants = {**models, _FLOAT: unet}
     visited = [row(step.timestep) for step in path]
-    errors = uniform.expand(len(sizes), len(modes), -1).clone()
+    errors = torch.zeros(len(sizes), len(modes), len(reference), dtype=torch.float64)
     start = 0
     for b, size in enumerate(sizes):
         block = range(start, start + size)
         start += size
         first = next((i for i, r in enumerate(visited) if r in block), None)
         for m, mode in enumerate(modes):
-            if mode == base:
-                continue
             if first is not None:  # a row that this sampler never visits has no effect
-                planned = Planned(models, row, [mode if r in block else base for r in range(rows)])
+                planned = Planned(contestants, row, [mode if r in block else _FLOAT for r in range(rows)])
                 recorded = {i: path[i].prediction for i in range(first)}
                 errors[b, m] = final_errors(sampler.run(planned, recorded), reference)
             if on_trial is not None:
                 on_trial()
-    return Effects(base, modes, sizes, errors)
+    return Effects(modes, sizes, errors)
 
 
 def block_sizes(rows: int) -> tuple[int, ...]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..evaluation import evaluating
-from ..plan_requests import FULL_BITS, MODE_BITS, PlanRequest, check_reachable, switchable_fraction
+from ..plan_requests import MODE_BITS, PlanRequest, check_reachable, switchable_fraction
 from .budget import Effects, Progress, best_assignment, block_sizes, expanded, measure_effects
 from .snr import RULE_MODES, measure_snr, snr_plan, threshold_for
 from .trial import Planned, Sampler, by_bits, final_errors
@@ -27,14 +27,12 @@ class PlanChoice:
         serves: "fidelity" (the image of a seed) or "distribution" (how good images are).
         threshold: that the SNR rule used; None for other plans and where no row runs at A4.
         final_error: measured mean squared error of the final images of a budget's plan; None for others.
-        tried: (final error, modes) of every candidate of a budget.
     """
 
     modes: tuple[str, ...]
     serves: str
     threshold: float | None = None
     final_error: float | None = None
-    tried: tuple[tuple[float, tuple[str, ...]], ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object ``plan`` of ``qdiff calibrate``."""
@@ -56,7 +54,7 @@ def trials(request: PlanRequest, rows: int) -> int:
     """How often `choose` reports progress."""
     if request.kind == "snr":
         return 1
-    return len(_bases(request)) * len(block_sizes(rows)) * (len(request.modes) - 1)
+    return len(block_sizes(rows)) * len(request.modes) if len(request.modes) > 1 else 0
 
 
 def choose(
@@ -88,37 +86,15 @@ def choose(
             on_trial()
         return PlanChoice(snr_plan(snr, threshold), "distribution", threshold if math.isfinite(threshold) else None)
     check_reachable(request.fraction, tuple(by_bits(models)))
-    rows, candidates = len(timesteps), []
-    for base in _bases(request):
-        effects = measure_effects(models, row, rows, sampler, reference, base, on_trial)
-        candidates.append(within_budget(effects, request.fraction))
-    return best_measured(candidates, models, row, sampler, reference)
-
-
-def _bases(request: PlanRequest) -> tuple[str, ...]:
-    """The uniform plans that enclose the budget; one where it is met by a uniform plan."""
-    bits = request.fraction * FULL_BITS
-    low = max((m for m in request.modes if MODE_BITS[m] <= bits), key=MODE_BITS.__getitem__)
-    high = min((m for m in request.modes if MODE_BITS[m] >= bits), key=MODE_BITS.__getitem__)
-    return (low,) if low == high else (low, high)
+    modes = (request.modes[0],) * len(timesteps)
+    with evaluating(unet):
+        if len(request.modes) > 1:
+            effects = measure_effects(models, row, len(timesteps), unet, sampler, path, reference, on_trial)
+            modes = within_budget(effects, request.fraction)
+    images = sampler.run(Planned(models, row, modes))
+    return PlanChoice(modes, "fidelity", final_error=float(final_errors(images, reference).mean()))
 
 
 def within_budget(effects: Effects, fraction: float) -> tuple[str, ...]:
     """The plan of least predicted error, exact under the assumption that effects add up."""
     return expanded(effects, best_assignment(effects.costs(), effects.sizes, effects.modes, fraction))
-
-
-def best_measured(
-    candidates: list[tuple[str, ...]],
-    models: Mapping[str, Any],
-    row: Callable[[float], int],
-    sampler: Sampler,
-    reference: Tensor,
-) -> PlanChoice:
-    """The candidate whose own final error, measured, is the least."""
-    tried = []
-    for modes in dict.fromkeys(candidates):
-        images = sampler.run(Planned(models, row, modes))
-        tried.append((float(final_errors(images, reference).mean()), modes))
-    error, modes = min(tried, key=lambda pair: pair[0])
-    return PlanChoice(modes, "fidelity", final_error=error, tried=tuple(tried))
