@@ -186,7 +186,7 @@ def final_error(models: Any, row: Any, sampler: Sampler, reference: Tensor, mode
 @pytest.mark.parametrize("fraction", [0.6, 0.75, 1.0, 1.2])
 def test_where_effects_add_up_the_plan_is_the_best_of_all(fraction: float) -> None:
     models, row, sampler = additive_case()
-    reference, path = sampler.path(Still())
+    reference = sampler.run(Still())
     plans = [p for p in itertools.product(MODES, repeat=ROWS) if switchable_fraction(p) <= fraction + 1e-9]
     measured = {plan: final_error(models, row, sampler, reference, plan) for plan in plans}
     least = min(measured.values())
@@ -195,12 +195,17 @@ def test_where_effects_add_up_the_plan_is_the_best_of_all(fraction: float) -> No
     calls: list[int] = []
     found = choose(request, models, row, timesteps, Still(), sampler, lambda: calls.append(1))
     assert measured[found.modes] == pytest.approx(least, rel=1e-4)
-    assert found.final_error == pytest.approx(measured[found.modes], rel=1e-6) and found.serves == "fidelity"
+    assert found.final_error == pytest.approx(measured[found.modes], rel=1e-4) and found.serves == "fidelity"
     assert len(calls) == trials(request, ROWS)
-    costs = measure_effects(models, row, ROWS, Still(), sampler, path, reference).costs()
-    for plan in plans[::37]:
+    costs = measure_effects(models, row, ROWS, Still(), sampler, reference).costs()
+    for plan in plans[::37]:  # float carries: contributions are the final error itself
         predicted = sum(float(costs[r, MODES.index(mode)]) for r, mode in enumerate(plan))
         assert predicted == pytest.approx(measured[plan], rel=1e-4)
+    uniform = measured.get(("A4",) * ROWS, 0.0)
+    around = measure_effects(models, row, ROWS, models["A4"], sampler, reference).costs() - uniform
+    for plan in plans[::37]:  # the uniform plan carries: contributions are what a row takes off its error
+        predicted = uniform + sum(float(around[r, MODES.index(mode)]) for r, mode in enumerate(plan))
+        assert predicted == pytest.approx(measured[plan], rel=1e-3)
 
 
 def mode_models(name: str, recipe: Recipe) -> dict[str, Any]:
@@ -220,15 +225,14 @@ def test_on_a_network_the_plan_is_near_the_best_of_all(fraction: float, monkeypa
     measured = {plan: final_error(models, row, sampler, reference, plan) for plan in plans}
     request = parse_plan(f"budget:{fraction}")
     found = choose(request, models, row, calibration.timesteps, networks.network("unet2d"), sampler)
-    assert found.modes in measured
-    assert found.final_error == measured[found.modes] <= 1.1 * min(measured.values())
-    assert found.final_error < sorted(measured.values())[len(measured) // 2]
+    assert measured[found.modes] <= 1.1 * min(measured.values())
+    assert measured[found.modes] < sorted(measured.values())[len(measured) // 2]
 
 
 def test_rows_that_the_sampler_never_visits_have_no_effect() -> None:
     models, row, sampler = additive_case()
-    reference, path = sampler.path(Still())
-    effects = measure_effects(models, row, ROWS + 2, Still(), sampler, path, reference)
+    reference = sampler.run(Still())
+    effects = measure_effects(models, row, ROWS + 2, Still(), sampler, reference)
     assert bool((effects.errors[ROWS:] == 0).all()) and bool((effects.errors[:ROWS] > 0).all())
 
 

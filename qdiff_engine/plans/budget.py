@@ -1,12 +1,12 @@
 """The plan of least final error under a BOPs budget.
 
 Final error: mean squared difference between the final images of the integer model and of the float one, from the same
-noise. A row's contribution at a mode is the final error when that row alone runs on integers, at that mode, and the
-float network carries it through the rest of the trajectory. Assumption: contributions of rows add up. It is exact where
-errors of different rows are uncorrelated and the trajectory carries them linearly, and rough where images change
-altogether; under it the plan is the best there is. Contributions to the float image are measured, and not changes of a
-plan's own error: in those every row's effect is multiplied with the sum of all others, which a few samples do not
-average away.
+noise. A row's contribution at a mode is the final error when that row alone runs at that mode, and a carrier takes it
+through the rest of the trajectory. Assumption: contributions of rows add up. It is exact where errors of different rows
+are uncorrelated and the trajectory carries them linearly, and rough where images change altogether; under it the plan
+is the best there is. Two carriers are tried: the float network, which ranks the rows cleanly where few run at low
+precision, and the uniform plan below the budget, which knows the large errors of a plan where most do. The plan of
+smaller error, measured on further samples, wins.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..plan_requests import FULL_BITS, MODE_BITS
-from ..sampling import Step
 from .trial import Planned, Sampler, by_bits, final_errors
 
 MAX_BLOCKS = 25  # neighbouring rows beyond that are switched together: the cost is quadratic
-_FLOAT = "float"
+_CARRIER = "carrier"
 _UNIT = 4  # bits; every mode has a multiple of it
 
 Progress = Callable[[], None]
@@ -36,7 +34,7 @@ class Effects:
 
     Args:
         modes: fewest bits first; ``sizes``: rows of each block, noisiest first.
-        errors: float64 [B, M, n], the final error of every image with block b at mode m and all else in float.
+        errors: float64 [B, M, n], the final error of every image with block b at mode m and the carrier elsewhere.
     """
 
     modes: tuple[str, ...]
@@ -55,33 +53,34 @@ def measure_effects(
     models: Mapping[str, Any],
     row: Callable[[float], int],
     rows: int,
-    unet: Any,
+    carrier: Any,
     sampler: Sampler,
-    path: Sequence[Step],
     reference: Tensor,
     on_trial: Progress | None = None,
 ) -> Effects:
     """`Effects` of every block.
 
-    Costs about blocks x rows / 2 evaluations of the float network per mode: steps before the block are replayed.
+    Costs about blocks x rows / 2 evaluations of the carrier per mode: steps before the block are replayed.
 
     Args:
         models: one per mode; ``row``: of a timestep; ``rows``: how many there are.
-        unet, path, reference: the float network, its steps and its final images for the sampler's noise.
+        carrier: the network at all other rows: the float one, or one of ``models``.
+        reference: the float network's final images for the sampler's noise.
         on_trial: called after each of the blocks x modes trials.
     """
     modes, sizes = tuple(by_bits(models)), block_sizes(rows)
-    contestants = {**models, _FLOAT: unet}
+    images, path = sampler.path(carrier)
+    contestants = {**models, _CARRIER: carrier}
     visited = [row(step.timestep) for step in path]
-    errors = torch.zeros(len(sizes), len(modes), len(reference), dtype=torch.float64)
+    errors = final_errors(images, reference).expand(len(sizes), len(modes), -1).clone()
     start = 0
     for b, size in enumerate(sizes):
         block = range(start, start + size)
         start += size
         first = next((i for i, r in enumerate(visited) if r in block), None)
         for m, mode in enumerate(modes):
-            if first is not None:  # a row that this sampler never visits has no effect
-                planned = Planned(contestants, row, [mode if r in block else _FLOAT for r in range(rows)])
+            if first is not None and models[mode] is not carrier:  # a row that is never visited has no effect
+                planned = Planned(contestants, row, [mode if r in block else _CARRIER for r in range(rows)])
                 recorded = {i: path[i].prediction for i in range(first)}
                 errors[b, m] = final_errors(sampler.run(planned, recorded), reference)
             if on_trial is not None:

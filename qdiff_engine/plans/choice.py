@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from typing import Any
 from torch import nn
 
 from ..evaluation import evaluating
-from ..plan_requests import MODE_BITS, PlanRequest, check_reachable, switchable_fraction
+from ..plan_requests import FULL_BITS, MODE_BITS, PlanRequest, check_reachable, switchable_fraction
+from ..sampling import initial_noise
 from .budget import Effects, Progress, best_assignment, block_sizes, expanded, measure_effects
 from .snr import RULE_MODES, measure_snr, snr_plan, threshold_for
 from .trial import Planned, Sampler, by_bits, final_errors
 
-TRIAL_SAMPLES = 8
+TRIAL_SAMPLES, CHECK_SAMPLES = 8, 32
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def trials(request: PlanRequest, rows: int) -> int:
     """How often `choose` reports progress."""
     if request.kind == "snr":
         return 1
-    return len(block_sizes(rows)) * len(request.modes) if len(request.modes) > 1 else 0
+    return 2 * len(block_sizes(rows)) * len(request.modes) if len(request.modes) > 1 else 0
 
 
 def choose(
@@ -86,15 +88,38 @@ def choose(
             on_trial()
         return PlanChoice(snr_plan(snr, threshold), "distribution", threshold if math.isfinite(threshold) else None)
     check_reachable(request.fraction, tuple(by_bits(models)))
-    modes = (request.modes[0],) * len(timesteps)
+    if len(request.modes) == 1:
+        return best_measured([(request.modes[0],) * len(timesteps)], models, row, unet, sampler)
+    below = max((m for m in request.modes if MODE_BITS[m] <= request.fraction * FULL_BITS), key=MODE_BITS.__getitem__)
+    candidates = []
     with evaluating(unet):
-        if len(request.modes) > 1:
-            effects = measure_effects(models, row, len(timesteps), unet, sampler, path, reference, on_trial)
-            modes = within_budget(effects, request.fraction)
-    images = sampler.run(Planned(models, row, modes))
-    return PlanChoice(modes, "fidelity", final_error=float(final_errors(images, reference).mean()))
+        for carrier in (unet, models[below]):
+            effects = measure_effects(models, row, len(timesteps), carrier, sampler, reference, on_trial)
+            candidates.append(within_budget(effects, request.fraction))
+    return best_measured(candidates, models, row, unet, sampler)
 
 
 def within_budget(effects: Effects, fraction: float) -> tuple[str, ...]:
     """The plan of least predicted error, exact under the assumption that effects add up."""
     return expanded(effects, best_assignment(effects.costs(), effects.sizes, effects.modes, fraction))
+
+
+def best_measured(
+    candidates: list[tuple[str, ...]],
+    models: Mapping[str, Any],
+    row: Callable[[float], int],
+    unet: nn.Module,
+    sampler: Sampler,
+) -> PlanChoice:
+    """The candidate of least final error on `CHECK_SAMPLES` samples of another seed than the effects'."""
+    seed = sampler.seed + 1
+    noise = initial_noise((CHECK_SAMPLES, *sampler.noise.shape[1:]), seed)
+    fresh = dataclasses.replace(sampler, noise=noise, seed=seed)
+    with evaluating(unet):
+        reference = fresh.run(unet)
+    tried = []
+    for modes in dict.fromkeys(candidates):
+        images = fresh.run(Planned(models, row, modes))
+        tried.append((float(final_errors(images, reference).mean()), modes))
+    error, modes = min(tried, key=lambda pair: pair[0])
+    return PlanChoice(modes, "fidelity", final_error=error)
