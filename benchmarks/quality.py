@@ -10,10 +10,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 import qdiff_engine as qe
 from benchmarks import results_file
 from qdiff_engine.evaluation import Comparison, compare_all
@@ -46,22 +42,6 @@ def recipes(quick: bool) -> Iterator[qe.Recipe]:
             yield from (qe.Recipe.named(name, **change) for change in CHANGES)
 
 
-def ssim(images: Tensor, reference: Tensor, sigma: float = 1.5, size: int = 11) -> float:
-    """Mean structural similarity of images [n, C, H, W] in [-1, 1] (Wang et al. 2004, Gaussian window, valid part)."""
-    x, y = images.double().clamp(-1, 1), reference.double().clamp(-1, 1)
-    axis = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
-    kernel = torch.exp(-axis.square() / (2 * sigma**2))
-    window = torch.outer(kernel, kernel).div(kernel.sum() ** 2).expand(x.shape[1], 1, size, size)
-
-    def mean(value: Tensor) -> Tensor:
-        return F.conv2d(value, window, groups=value.shape[1])
-
-    mx, my = mean(x), mean(y)
-    vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    return float(((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean())
-
-
 def row(recipe: qe.Recipe, model: qe.IntegerUNet, result: Comparison, seconds: dict[str, float]) -> dict[str, Any]:
     """One row of the result file; a stage that was not run is "none", a measure that was not taken None."""
     bops = qe.count_bops(model)
@@ -82,10 +62,10 @@ def row(recipe: qe.Recipe, model: qe.IntegerUNet, result: Comparison, seconds: d
         "samples": result.samples,
         "psnr_db": round(result.psnr_db, 3),
         "psnr_db_min": round(result.psnr_db_min, 3),
-        "ssim": round(ssim(result.images, result.float_images), 5),
+        "ssim": round(sum(result.ssim) / result.samples, 5),
         "latent_error": round(result.latent_error[-1], 6),
         "step_sqnr_db_min": round(min(result.step_sqnr_db), 3),
-        "frechet_to_float": None,
+        "frechet_to_float": result.perception.frechet_to_float,
         "gbops": round(bops.total / 1e9, 4),
         "gbops_ratio": round(bops.ratio, 2),
         **seconds,

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from . import numerics, ops
 from .baselines import Inputs, float_contestants, half_precision, moved
+from .bops import count_bops
 from .graph.interpret import flatten_conditioning
 from .graph.ir import Node, sizes
 from .measuring import (
+    WARM_UP,
     Contestant,
     cuda_graph,
     device_synchronize,
@@ -26,8 +28,10 @@ from .measuring import (
     summary,
     thread_count,
 )
+from .plan_requests import switchable_fraction
 from .runtime.model import IntegerUNet
 from .sampling import Conditioning, check_count, conditioning_for, predict, timestep_tensor
+from .tables import Table
 
 INPUT_SETS = 4
 ENGINE, FLOOR = "engine", "integer floor"
@@ -56,17 +60,20 @@ def bench(
         batch: samples per forward pass. ``repetitions``: timed rounds; in each, every contestant runs once.
         threads: torch's threads while measuring; None leaves them as they are.
         conditioning: the UNet's keyword arguments, cycled over the batch; needed where the model takes any.
-        timestep: measured timestep; by default several rows from the noisiest to the last take turns.
+        timestep: measured timestep; by default several rows from the noisiest to the last take turns, of every
+            mode that the plan has.
         memory: measure peak memory too, in one fresh process per model.
         compile_: on a GPU, time torch.compile too, which compiles for minutes.
         on_round: called with (rounds done, rounds in all).
 
     Returns:
         device, threads, batch, repetitions; ``engine_ms`` and ``baselines``: {median, p05, p95} in milliseconds;
-        ``baselines_absent``: {name: reason}; ``speedup``: median baseline / median engine; ``integer_floor_ms``, the
-        integer convolutions and linears alone, and ``floor_share`` of the engine's time (None where no layer is
-        integer); ``relative_error`` to float at the first input set; ``weight_bytes`` as stored; ``peak_memory_bytes``
-        and ``baseline_peak_memory_bytes`` (None where unknown).
+        ``modes_ms``: the engine's median per mode; ``plan_ms``: their mean over the plan's rows, as ``gbops`` and
+        ``switchable_fraction`` are means; ``baselines_absent``: {name: reason}; ``speedup``: median baseline / plan_ms;
+        ``integer_floor_ms``, the integer convolutions and linears alone at the noisiest row, and ``floor_share`` of
+        the engine's time in that mode (None where no layer is integer); ``relative_error`` to float at the first
+        input set; ``weight_bytes`` as stored; ``peak_memory_bytes`` and ``baseline_peak_memory_bytes`` (None where
+        unknown).
 
     Raises:
         ValueError: an argument out of range, missing conditioning, or an output that is not finite or far from float.
@@ -97,19 +104,25 @@ def bench(
         )
         del contestants, floats, calls, reference  # the children below need the memory
         peaks = peak_memories(model, unet, inputs, used) if memory else {}
+    modes_ms, plan_ms = plan_average(model, inputs, times[ENGINE])
     medians = {name: summary(values) for name, values in times.items()}
     engine, floor = medians.pop(ENGINE), medians.pop(FLOOR, None)
+    beside_floor = modes_ms[model.table.modes[model.table.row(float(inputs[0].timestep[0]))]] if floor else plan_ms
     return {
         "device": str(model.device),
         "threads": used,
         "batch": batch,
         "repetitions": repetitions,
         "engine_ms": engine,
+        "modes_ms": modes_ms,
+        "plan_ms": plan_ms,
+        "gbops": count_bops(model).total / 1e9,
+        "switchable_fraction": switchable_fraction(model.table.modes),
         "integer_floor_ms": floor["median"] if floor else None,
-        "floor_share": round(floor["median"] / engine["median"], 4) if floor else None,
+        "floor_share": round(floor["median"] / beside_floor, 4) if floor else None,
         "baselines": medians,
         "baselines_absent": absent,
-        "speedup": {name: round(times_["median"] / engine["median"], 3) for name, times_ in medians.items()},
+        "speedup": {name: round(times_["median"] / plan_ms, 3) for name, times_ in medians.items()},
         "relative_error": error,
         "weight_bytes": weight_bytes(model),
         "peak_memory_bytes": peaks.pop(ENGINE, None),
@@ -129,20 +142,46 @@ def _cudnn_tuned() -> Iterator[None]:
 
 
 def input_sets(model: IntegerUNet, batch: int, timestep: float | None, conditioning: Conditioning) -> list[Inputs]:
-    """`INPUT_SETS` draws of latents, with timesteps spread over the calibrated rows; one conditioning for all."""
+    """`INPUT_SETS` draws of latents or a few more, at timesteps spread over each mode's rows; one conditioning."""
     given = conditioning_for(conditioning, range(batch))
     missing = sorted(set(model.graph.inputs) - {"sample", "timestep"} - set(flatten_conditioning(given)))
     if missing:
         raise ValueError(f"conditioning must give {', '.join(missing)}: the model takes it")
     given = moved(given, model.device, None if model.device.type == "cpu" else model.dtype)
-    rows, generator = model.table.timesteps, torch.Generator().manual_seed(0)
-    result = []
-    for i in range(INPUT_SETS):
-        value = timestep if timestep is not None else rows[round(i * (len(rows) - 1) / (INPUT_SETS - 1))]
+    generator, result = torch.Generator().manual_seed(0), []
+    for value in [timestep] * INPUT_SETS if timestep is not None else measured_timesteps(model.table):
         sample = torch.randn(sizes(model.graph.inputs["sample"], batch), generator=generator)
         step = timestep_tensor(value, batch).to(model.device)
         result.append(Inputs(sample.to(model.device, model.dtype), step, given))
     return result
+
+
+def measured_timesteps(table: Table) -> list[float]:
+    """Timesteps of `INPUT_SETS` rows, or as many of each mode where there are several, noisiest first."""
+    present = list(dict.fromkeys(table.modes))
+    each = math.ceil(INPUT_SETS / len(present))
+    timesteps = []
+    for mode in present:
+        rows = [t for t, m in zip(table.timesteps, table.modes, strict=True) if m == mode]
+        timesteps += [rows[round(i * (len(rows) - 1) / max(each - 1, 1))] for i in range(each)]
+    return timesteps
+
+
+def plan_average(model: IntegerUNet, inputs: list[Inputs], times: Sequence[float]) -> tuple[dict[str, float], float]:
+    """(median milliseconds per mode, their mean over the plan's rows; the median alone where a mode was not timed).
+
+    Args:
+        times: of rounds that took the input sets in turn, beginning where `measuring.interleaved` begins.
+    """
+    by_mode: dict[str, list[float]] = {}
+    first = max(WARM_UP, len(inputs))
+    for i, value in enumerate(times):
+        row = model.table.row(float(inputs[(first + i) % len(inputs)].timestep[0]))
+        by_mode.setdefault(model.table.modes[row], []).append(value)
+    medians = {mode: summary(values)["median"] for mode, values in by_mode.items()}
+    if set(medians) < set(model.table.modes):
+        return medians, summary(times)["median"]
+    return medians, round(math.fsum(medians[mode] for mode in model.table.modes) / len(model.table.modes), 4)
 
 
 def check_outputs(engine: Contestant, reference: Contestant | None, sets: int) -> float | None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from .graph.ir import Const, Graph, Node, Ref, sizes
 from .graph.layers import layer_name
-from .quantization import plan_of, site_bits
+from .plan_requests import switchable_fraction
+from .quantization import likely_plan, site_bits
 from .recipe import Recipe
 from .runtime.model import IntegerUNet
 
@@ -46,9 +47,14 @@ class LayerBops:
 
 @dataclass(frozen=True)
 class Bops:
-    """The count of a network, in BOPs per sample: ``ratio`` = reference / total, ``reference`` all in 32 x 32 bits."""
+    """The count of a network, in BOPs per sample: ``ratio`` = reference / total, ``reference`` all in 32 x 32 bits.
+
+    ``switchable_fraction``: BOPs of the layers whose activation bits follow the plan, over the same at A8; None for a
+    network in floating point.
+    """
 
     layers: tuple[LayerBops, ...]
+    switchable_fraction: float | None = None
 
     @property
     def macs(self) -> int:
@@ -76,6 +82,7 @@ class Bops:
             "total_gbops": self.total / 1e9,
             "float_gbops": self.reference / 1e9,
             "ratio": self.ratio,
+            "switchable_fraction": self.switchable_fraction,
             "layers": [{**asdict(layer), "gbops": layer.gbops} for layer in self.layers],
         }
 
@@ -88,7 +95,8 @@ def count_bops(model: IntegerUNet) -> Bops:
     bits = {layer: parts[0].bits for layer, parts in model.weights.items()}
     means = model.table.bits.double().mean(0).tolist()
     shapes = {key: tuple(value.shape) for key, value in model.constants.items()}
-    return count_graph(model.graph, shapes, weights, bits, dict(zip(model.table.sites, means, strict=True)))
+    counted = count_graph(model.graph, shapes, weights, bits, dict(zip(model.table.sites, means, strict=True)))
+    return replace(counted, switchable_fraction=switchable_fraction(model.table.modes))
 
 
 def count_recipe(graph: Graph, constants: Mapping[str, Tensor], recipe: Recipe | None) -> Bops:
@@ -97,7 +105,8 @@ def count_recipe(graph: Graph, constants: Mapping[str, Tensor], recipe: Recipe |
     Args:
         graph: after `graph.fuse.fuse`.
         constants: its parameters, the layers' weights among them.
-        recipe: its plan names as many rows as it likes, for the mean is all that counts.
+        recipe: its plan names as many rows as it likes, for the mean is all that counts; a plan that is measured
+            later counts in the proportions that it asks for.
     """
     nodes = [node for node in graph.nodes if node.op in _INTEGER_LAYERS]
     shapes = {key: tuple(value.shape) for key, value in constants.items()}
@@ -107,9 +116,10 @@ def count_recipe(graph: Graph, constants: Mapping[str, Tensor], recipe: Recipe |
         weight_bits = dict.fromkeys(weights, FLOAT_BITS)
         return count_graph(graph, shapes, weights, weight_bits, dict.fromkeys(sites, float(FLOAT_BITS)))
     weight_bits = {node.kwargs["layer"]: 8 if node.kwargs.get("edge") else recipe.weight_bits for node in nodes}
-    modes = plan_of(recipe, 1 if isinstance(recipe.plan, str) else len(recipe.plan))
+    modes = likely_plan(recipe)
     means = site_bits(graph, sites, modes, recipe.edges).double().mean(0).tolist()
-    return count_graph(graph, shapes, weights, weight_bits, dict(zip(sites, means, strict=True)))
+    counted = count_graph(graph, shapes, weights, weight_bits, dict(zip(sites, means, strict=True)))
+    return replace(counted, switchable_fraction=switchable_fraction(modes))
 
 
 def count_graph(

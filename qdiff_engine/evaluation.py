@@ -12,11 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from .calibration.calibration import sample_shape
+from .graph.capture import hash_parameters
+from .models import DEMO_HASH, DEMO_PARAMETERS
+from .quality import PIXEL_PEAK, Extractor, Perception, perceive, structural_similarity
 from .sampling import Conditioning, Guidance, Step, check_count, corrections, denoise, initial_noise
 
 LIMIT_DB = 200.0  # stands for equality, which has no finite value in decibels
 _PIXEL_CHANNELS = (1, 3)
-_PIXEL_PEAK = 2.0  # images live in [-1, 1]
+_UNSEEN = Perception(None, "no feature extractor is known for this network; name one")
+AUTO = "auto"
 
 OnStep = Callable[[str, Step], None]  # (model's name, "float" for the original; the step that it finished)
 
@@ -32,6 +36,8 @@ class Comparison:
         finite: whether every value of the model's final images is finite.
         timesteps: what the UNet received at each step.
         float_images, images: final images [n, C, H, W] of the original and of the model.
+        ssim: structural similarity of every final image.
+        perception: what the feature extractor sees in both sets of final images.
     """
 
     psnr: tuple[float, ...]
@@ -41,6 +47,8 @@ class Comparison:
     timesteps: list[float]
     float_images: Tensor
     images: Tensor
+    ssim: tuple[float, ...] = ()
+    perception: Perception = _UNSEEN
 
     @property
     def psnr_db(self) -> float:
@@ -66,6 +74,8 @@ class Comparison:
             "latent_error": self.latent_error,
             "finite": self.finite,
             "samples": self.samples,
+            "ssim": math.fsum(self.ssim) / len(self.ssim) if self.ssim else None,
+            **self.perception.to_dict(),
         }
 
 
@@ -86,6 +96,7 @@ def compare(
     pixels: bool | None = None,
     correction: bool = True,
     strict: bool = False,
+    features: Extractor | str | None = AUTO,
     on_step: OnStep | None = None,
 ) -> Comparison:
     """Sample the float ``unet`` and the ``model`` from the same noise, and measure their distance.
@@ -98,6 +109,9 @@ def compare(
         shape: (C, H, W); taken from ``unet.config`` when it is there.
         pixels: whether the final samples are images in [-1, 1] rather than latents; by default, 1 or 3 channels are.
         correction, strict: whether the model's corrections are applied, as for `sampling.sample`.
+        features: the extractor of the Fréchet distance and of the class figures: a module that maps images to
+            features [n, F] or to (features, logits), "digits" for the bundled digit classifier, None for none;
+            "auto" takes that classifier for the bundled network and none for another.
         on_step: called as ``on_step(name, step)`` after every step, with the name "float" or "model".
         steps, samples, seed, eta, guidance_scale, unconditional, conditioning, batch: as for `sampling.sample`.
 
@@ -120,6 +134,7 @@ def compare(
         pixels=pixels,
         correction=correction,
         strict=strict,
+        features=features,
         on_step=on_step,
     )
     return results["model"]
@@ -143,10 +158,12 @@ def compare_all(
     pixels: bool | None = None,
     correction: bool = True,
     strict: bool = False,
+    features: Extractor | str | None = AUTO,
     on_step: OnStep | None = None,
 ) -> dict[str, Comparison]:
     """`compare` for several models, which share one float trajectory."""
     size = sample_shape(unet, shape)
+    extractor = extractor_named(features, unet)
     check_count("samples", samples), check_count("seed", seed, least=0)
     guidance = Guidance(guidance_scale, unconditional, conditioning)
     noise = initial_noise((samples, *size), seed)
@@ -157,7 +174,7 @@ def compare_all(
 
     def follow(step: Step) -> None:
         for name, model in models.items():
-            prediction = _guided(model, guidance, step, batch)
+            prediction = guided_prediction(model, guidance, step, batch)
             noise_energy = float((prediction - step.prediction).double().square().sum())
             sqnr[name].append(decibels(float(step.prediction.double().square().sum()), noise_energy))
         path.append(step.previous)
@@ -181,11 +198,33 @@ def compare_all(
     for name, (errors, images) in trajectories.items():
         finite = bool(torch.isfinite(images).all())
         psnr = tuple(image_psnr(images, reference, pixels))
-        results[name] = Comparison(psnr, sqnr[name], errors, finite, timesteps, reference, images)
+        ssim = tuple(structural_similarity(images, reference, pixels))
+        seen = _UNSEEN if extractor is None else perceive(extractor, images, reference, pixels)
+        results[name] = Comparison(psnr, sqnr[name], errors, finite, timesteps, reference, images, ssim, seen)
     return results
 
 
-def _guided(model: Any, guidance: Guidance, step: Step, batch: int) -> Tensor:
+def extractor_named(features: Extractor | str | None, unet: Any) -> Extractor | None:
+    """The extractor that ``features`` stands for when samples of ``unet`` are compared; see `compare`."""
+    if features is None or (callable(features) and not isinstance(features, str)):
+        return features
+    if features not in (AUTO, "digits"):
+        raise ValueError(f"features must be a module, 'auto', 'digits' or None, got {features!r}")
+    if features == AUTO and not _is_bundled(unet):
+        return None
+    from .digits import digit_classifier
+
+    return digit_classifier()
+
+
+def _is_bundled(unet: Any) -> bool:
+    """Whether ``unet`` is the bundled network; a large one is told by its size, without hashing it."""
+    if not isinstance(unet, nn.Module) or sum(p.numel() for p in unet.parameters()) != DEMO_PARAMETERS:
+        return False
+    return hash_parameters(unet) == DEMO_HASH
+
+
+def guided_prediction(model: Any, guidance: Guidance, step: Step, batch: int) -> Tensor:
     """The model's guided prediction for the latents that the original received at ``step``."""
     chunks = [range(j, min(j + batch, len(step.sample))) for j in range(0, len(step.sample), batch)]
     parts = [guidance.prediction(model, step.sample[c.start : c.stop], step.timestep, c) for c in chunks]
@@ -225,7 +264,7 @@ def image_psnr(images: Tensor, reference: Tensor, pixels: bool) -> list[float]:
             f"images must have the shape {list(reference.shape)} of the reference, got {list(images.shape)}"
         )
     x, y = images.double(), reference.double()
-    peak = _PIXEL_PEAK if pixels else float(y.max() - y.min())
+    peak = PIXEL_PEAK if pixels else float(y.max() - y.min())
     if pixels:
         x, y = x.clamp(-1, 1), y.clamp(-1, 1)
     return [decibels(peak * peak, float(error)) for error in (x - y).square().flatten(1).mean(1)]

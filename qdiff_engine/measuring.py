@@ -20,6 +20,8 @@ from .sampling import predict
 
 Contestant = Callable[[int], Any]  # runs once on the input set of that number
 
+WARM_UP = 2  # untimed rounds
+
 _CHILD = "from qdiff_engine.measuring import run_child; run_child()"
 _CHILD_RUNS = 3
 _CHILD_TIMEOUT = 600.0  # seconds
@@ -30,7 +32,7 @@ def interleaved(
     rounds: int,
     *,
     sets: int = 1,
-    warm_up: int = 2,
+    warm_up: int = WARM_UP,
     pause: float = 0.0,
     synchronize: Callable[[], None] = lambda: None,
     on_round: Callable[[int, int], None] | None = None,

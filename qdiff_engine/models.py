@@ -17,6 +17,8 @@ from torch import nn
 
 DEMO_NAME = "demo"
 DEMO_FOLDER = Path(__file__).resolve().parent / "data" / "mnist32-ddpm"
+DEMO_HASH = "bed900ead817edc86ab31593a6de9e2b8ea64a2381444285ec89c5807fb4f127"  # of its float32 parameters
+DEMO_PARAMETERS = 4_023_233
 CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 PIPELINE_CONFIG = "model_index.json"

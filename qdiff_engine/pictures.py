@@ -60,7 +60,7 @@ def _png(picture: Tensor) -> bytes:
 def labelled_rows(rows: Mapping[str, Tensor], title: str) -> bytes:
     """PNG with one labelled row of images [n, C, H, W] per entry of ``rows``, in order, equal columns equal seeds."""
     longest = max(len(images) for images in rows.values())
-    figure, axes = _figure(len(rows), 1, size=(max(6.0, 1.3 + 0.68 * longest), 0.45 + 0.72 * len(rows)))
+    figure, axes = make_figure(len(rows), 1, size=(max(6.0, 1.3 + 0.68 * longest), 0.45 + 0.72 * len(rows)))
     for axis, (label, images) in zip(axes, rows.items(), strict=True):
         picture = _tiled(pixels(images), len(images)).numpy()
         axis.imshow(picture if picture.shape[2] == 3 else picture[:, :, 0], cmap="gray", vmin=0, vmax=255)
@@ -68,7 +68,7 @@ def labelled_rows(rows: Mapping[str, Tensor], title: str) -> bytes:
         axis.set_xticks([]), axis.set_yticks([])
         axis.spines[:].set_visible(False)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    return _figure_png(figure)
+    return figure_png(figure)
 
 
 def activation_ranges(calibration: Calibration, tables: Mapping[str, Table], sites: Sequence[str]) -> bytes:
@@ -78,7 +78,7 @@ def activation_ranges(calibration: Calibration, tables: Mapping[str, Table], sit
     """
     columns = min(2, len(sites))
     rows = math.ceil(len(sites) / columns)
-    figure, axes = _figure(rows, columns, size=(5.5 * columns, 2.7 * rows + 0.6))
+    figure, axes = make_figure(rows, columns, size=(5.5 * columns, 2.7 * rows + 0.6))
     for axis in axes[len(sites) :]:
         axis.set_visible(False)
     timesteps = list(calibration.timesteps)
@@ -98,7 +98,7 @@ def activation_ranges(calibration: Calibration, tables: Mapping[str, Table], sit
         axis.set_xlabel("timestep (noise on the left, image on the right)", fontsize=8)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), fontsize=9, frameon=False)
-    return _figure_png(figure)
+    return figure_png(figure)
 
 
 def _draw_covered(axis: Any, table: Table, site: str, name: str, colour: str) -> None:
@@ -112,7 +112,7 @@ def _draw_covered(axis: Any, table: Table, site: str, name: str, colour: str) ->
         axis.plot(table.timesteps, values, color=colour, lw=1.4, label=name if i == 0 else None)
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+def make_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
     """A figure of its own, without pyplot's global state, and its axes in reading order."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -122,7 +122,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, li
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _figure_png(figure: Any) -> bytes:
+def figure_png(figure: Any) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()

@@ -13,9 +13,13 @@ from .calibration.calibration import Calibration
 from .calibration.observers import affine, merged
 from .graph.capture import hash_parameters
 from .graph.ir import Graph, Node
+from .plan_requests import expected_modes, preset_modes
+from .plans.choice import TRIAL_SAMPLES, PlanChoice, choose, needed_modes
+from .plans.trial import Sampler
 from .recipe import Recipe
 from .rounding import ROUNDERS
 from .runtime.model import IntegerUNet
+from .sampling import initial_noise
 from .tables import MODE_BITS, Table
 from .weights import QuantizedWeight
 
@@ -24,7 +28,12 @@ _SEARCH_CHUNK = 512  # histograms searched at a time, to bound memory
 
 @torch.no_grad()
 def quantize(
-    unet: nn.Module, calibration: Calibration, recipe: Recipe, on_layer: Callable[[str], None] | None = None
+    unet: nn.Module,
+    calibration: Calibration,
+    recipe: Recipe,
+    on_layer: Callable[[str], None] | None = None,
+    on_trial: Callable[[], None] | None = None,
+    on_plan: Callable[[PlanChoice], None] | None = None,
 ) -> IntegerUNet:
     """The integer model of ``unet``: real int4/int8 weights and a scale and zero point per quantiser and row.
 
@@ -34,6 +43,8 @@ def quantize(
         recipe: precisions, observer, row grouping, plan. Its ``correct`` is for `qdiff_engine.correct`, a later step
             that needs the sampler; here it only warns.
         on_layer: called with each layer's name once its weights are integers, for progress.
+        on_trial: called after each trial of a plan that is measured; see `plans.choice.trials`.
+        on_plan: called with such a plan once it is chosen.
 
     Raises:
         ValueError: the unet is not the calibrated one, or the plan does not fit the rows.
@@ -59,15 +70,36 @@ def quantize(
             UserWarning,
             stacklevel=2,
         )
-    return IntegerUNet(
-        graph=graph,
-        weights=weights,
-        constants=constants,
-        table=make_table(calibration, recipe),
-        recipe=recipe,
-        key=calibration.key,
-        model_config=calibration.capture.config,
-    )
+
+    def model(table: Table) -> IntegerUNet:
+        return IntegerUNet(
+            graph=graph,
+            weights=weights,
+            constants=constants,
+            table=table,
+            recipe=recipe,
+            key=calibration.key,
+            model_config=calibration.capture.config,
+        )
+
+    request = recipe.plan_request()
+    if request is None or not request.measured:
+        return model(make_table(calibration, recipe))
+    trials = {mode: model(make_table(calibration, recipe, mode)) for mode in needed_modes(request)}
+    row = next(iter(trials.values())).table.row
+    choice = choose(request, trials, row, calibration.timesteps, unet, _trial_sampler(calibration), on_trial)
+    if on_plan is not None:
+        on_plan(choice)
+    return model(make_table(calibration, recipe, choice.modes))
+
+
+def _trial_sampler(calibration: Calibration) -> Sampler:
+    """The deployment sampler on the calibration's first trajectories."""
+    key = calibration.key
+    if calibration.scheduler is None:
+        raise ValueError("calibration has no scheduler, so no plan can be measured with it; calibrate again")
+    noise = initial_noise((min(TRIAL_SAMPLES, key["samples"]), *calibration.shape), key["seed"])
+    return Sampler(calibration.scheduler, noise, key["steps"], key["seed"], key["eta"], calibration.guidance)
 
 
 def layers(graph: Graph) -> Iterator[Node]:
@@ -101,25 +133,43 @@ def without_weights(graph: Graph) -> Graph:
 
 
 def plan_of(recipe: Recipe, rows: int) -> tuple[str, ...]:
-    """The mode of every row."""
-    if recipe.plan == "uniform":
-        return (f"A{recipe.activation_bits}",) * rows
-    if len(recipe.plan) != rows:
-        raise ValueError(f"plan names {len(recipe.plan)} rows, the calibration has {rows}")
-    return tuple(recipe.plan)
+    """The mode of every row, for a plan that needs no measurement.
+
+    Raises:
+        ValueError: a plan for another number of rows, or one that has to be measured.
+    """
+    request = recipe.plan_request()
+    if request is None:
+        if len(recipe.plan) != rows:
+            raise ValueError(f"plan names {len(recipe.plan)} rows, the calibration has {rows}")
+        return tuple(recipe.plan)
+    if request.measured:
+        raise ValueError(f"plan {recipe.plan!r} is measured; quantize chooses it")
+    if request.kind == "preset":
+        return preset_modes(request.preset, rows)
+    return (f"A{recipe.activation_bits}",) * rows
 
 
-def site_bits(graph: Graph, sites: tuple[str, ...], modes: tuple[str, ...], edges: str) -> Tensor:
+def likely_plan(recipe: Recipe) -> tuple[str, ...]:
+    """Modes in the recipe's proportions, over as many rows as that takes: what BOPs need before any calibration."""
+    request = recipe.plan_request()
+    return tuple(recipe.plan) if request is None else expected_modes(request, f"A{recipe.activation_bits}")
+
+
+def site_bits(
+    graph: Graph, sites: tuple[str, ...], modes: tuple[str, ...], edges: str, switching: bool = False
+) -> Tensor:
     """uint8 [R, S]: activation bits of every site in every row.
 
     A row's mode decides, except at the first layer (floating, or 8 bits with ``edges`` = "a8"), at the last (at
     least 8 bits) and at layers fed by the prompt alone (8 bits in every row, so that they run once per prompt).
+    ``switching``: the modes are a part of a mixed plan, whose prompt is not floating even if they all are.
     """
     plan = torch.tensor([MODE_BITS[mode] for mode in modes], dtype=torch.uint8)
     bits = plan[:, None].repeat(1, len(sites))
-    floating = bool((plan == 16).all())
+    floating = bool((plan == 16).all()) and not switching
     column = {site: i for i, site in enumerate(sites)}
-    for site, edge, section in _site_roles(graph):
+    for site, edge, section in site_roles(graph):
         if edge == "first":
             bits[:, column[site]] = 16 if edges == "a16" or floating else 8
         elif edge == "last":
@@ -129,7 +179,7 @@ def site_bits(graph: Graph, sites: tuple[str, ...], modes: tuple[str, ...], edge
     return bits
 
 
-def _site_roles(graph: Graph) -> Iterator[tuple[str, str | None, str]]:
+def site_roles(graph: Graph) -> Iterator[tuple[str, str | None, str]]:
     """(site, edge of a layer it feeds, section) of every quantiser."""
     sources = graph.quantizer_of()
     edges: dict[str, str | None] = {}
@@ -142,11 +192,15 @@ def _site_roles(graph: Graph) -> Iterator[tuple[str, str | None, str]]:
             yield node.kwargs["site"], edges.get(node.kwargs["site"]), node.section
 
 
-def make_table(calibration: Calibration, recipe: Recipe) -> Table:
-    """Scales and zero points of every site in every row, from the recipe's observer and row grouping."""
+def make_table(calibration: Calibration, recipe: Recipe, plan: str | tuple[str, ...] | None = None) -> Table:
+    """Scales and zero points of every site in every row, from the recipe's observer and row grouping.
+
+    Args:
+        plan: the mode of every row; one mode for all of them, as they would be inside a mixed plan; or the recipe's.
+    """
     graph, sites, rows = calibration.capture.graph, calibration.sites, len(calibration.timesteps)
-    modes = plan_of(recipe, rows)
-    bits = site_bits(graph, sites, modes, recipe.edges)
+    modes = plan_of(recipe, rows) if plan is None else (plan,) * rows if isinstance(plan, str) else plan
+    bits = site_bits(graph, sites, modes, recipe.edges, switching=isinstance(plan, str))
     counts, ranges = merged(calibration.counts, calibration.ranges, recipe.row_group())
     scale, zero_point = torch.ones(rows, len(sites)), torch.zeros(rows, len(sites), dtype=torch.int32)
     for width in (4, 8):

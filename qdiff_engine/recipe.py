@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from .plan_requests import MODE_BITS, PlanRequest, parse_plan
+
 CHOICES: dict[str, tuple[Any, ...]] = {
     "weight_bits": (4, 8),
     "activation_bits": (4, 8, 16),
@@ -24,7 +26,9 @@ class Recipe:
     Args:
         weight_bits: 4 or 8. The first and the last layer always have 8-bit weights.
         activation_bits: 4, 8 or 16; 16 keeps activations floating (integer weights).
-        plan: "uniform", or the mode ("A4", "A8", "A16") of every calibrated row, noisiest step first.
+        plan: "uniform"; "snr", "snr:THRESHOLD" or "snr:share=SHARE" (PTQD's rule; 20 % of the rows at A4);
+            "budget:FRACTION" or "budget:FRACTION:MODES" (least final error; 1 is all A8, 0.5 all A4);
+            "preset:NAME" (a published split); or the mode ("A4", "A8", "A16") of every row, noisiest step first.
         weights: how weights are rounded: "nearest" (with the scale of least output error per channel) or "gptq"
             (each rounding error made good by the weights still to come).
         observer: how a range is read off the statistics: "minmax", "percentile" or "mse".
@@ -54,13 +58,21 @@ class Recipe:
         if isinstance(self.plan, list):
             object.__setattr__(self, "plan", tuple(self.plan))
         if isinstance(self.plan, tuple):
-            wrong = sorted({str(mode) for mode in self.plan} - {"A4", "A8", "A16"})
+            wrong = sorted({str(mode) for mode in self.plan} - set(MODE_BITS))
             if wrong or not self.plan:
                 raise ValueError(f"plan must name A4, A8 or A16 for every row, got {wrong or 'an empty plan'}")
-        elif self.plan != "uniform":
-            raise ValueError(f"plan must be 'uniform' or a sequence of modes, got {self.plan!r}")
+        else:
+            self.plan_request()
         self.row_group()
         check_correct(self.correct)
+
+    def plan_request(self) -> PlanRequest | None:
+        """How the plan is to be found; None where the modes are given."""
+        if isinstance(self.plan, tuple):
+            return None
+        if not isinstance(self.plan, str):
+            raise ValueError(f"plan must be a name or a sequence of modes, got {self.plan!r}")
+        return parse_plan(self.plan)
 
     def row_group(self) -> int:
         """How many neighbouring rows share one range; 0 means all of them."""
@@ -112,6 +124,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "w8a8": {"weight_bits": 8, "activation_bits": 8},
     "w4a8": {"weight_bits": 4, "activation_bits": 8},
     "w4a4": {"weight_bits": 4, "activation_bits": 4},
+    "w4a8-mixed": {"weight_bits": 4, "activation_bits": 8, "plan": "budget:0.9:A4,A8"},
     "w8a16": {"weight_bits": 8, "activation_bits": 16},
     "w4a16": {"weight_bits": 4, "activation_bits": 16},
 }

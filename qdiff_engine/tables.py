@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from . import numerics
+from .plan_requests import MODE_BITS as MODE_BITS
 
-MODES = ("A4", "A8", "A16")
-MODE_BITS = {"A4": 4, "A8": 8, "A16": 16}
+MODES = tuple(MODE_BITS)
 NOISE_SUMS = 15  # of e^i (e_hat - e)^j, i + j <= 4
 
 

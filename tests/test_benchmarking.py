@@ -226,3 +226,22 @@ def test_the_schema_refuses_what_lacks_keys(results_file: ModuleType, tmp_path: 
         results_file.check({"machine": {"cpu": "x"}, "rows": [row]}, "kernels")
     with pytest.raises(ValueError, match="name must contain"):
         results_file.kind_of_file(Path("times.json"))
+
+
+def test_a_mixed_plan_is_timed_in_every_mode_and_averaged_over_its_rows() -> None:
+    calibration, unet = networks.calibration("unet2d"), networks.network("unet2d")
+    plan = ("A16", "A8", "A4", "A8")
+    model = qe.quantize(unet, calibration, qe.Recipe(plan=plan))
+    inputs = benchmarking.input_sets(model, 1, None, None)
+    modes = [model.table.modes[model.table.row(float(item.timestep[0]))] for item in inputs]
+    assert {mode: modes.count(mode) for mode in plan} == {"A16": 2, "A8": 2, "A4": 2}
+    assert inputs[2].timestep != inputs[3].timestep  # both rows of A8
+    given = {"A16": 8.0, "A8": 2.0, "A4": 1.0}
+    times = [given[modes[(len(modes) + i) % len(modes)]] for i in range(7)]
+    medians, average = benchmarking.plan_average(model, inputs, times)
+    assert medians == given and average == (8 + 2 + 1 + 2) / 4
+    assert benchmarking.plan_average(model, inputs, times[:1]) == ({"A16": 8.0}, 8.0)
+    data = qe_bench(model, batch=1, repetitions=6)
+    assert set(data["modes_ms"]) == set(plan) and data["switchable_fraction"] == (16 + 8 + 4 + 8) / 32
+    assert data["gbops"] == qe.count_bops(model).total / 1e9
+    assert data["plan_ms"] == pytest.approx(sum(data["modes_ms"][mode] for mode in plan) / 4, abs=1e-3)

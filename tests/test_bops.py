@@ -91,13 +91,21 @@ def test_three_layers_by_hand() -> None:
         (qe.Recipe.named("w4a4", edges="a8"), (8, 8), (4, 4), (8, 8)),
         (qe.Recipe.named("w4a16"), (8, 16), (4, 16), (8, 16)),
         (qe.Recipe.named("w4a8", plan=("A16", "A8", "A4", "A4")), (8, 16), (4, 8), (8, 10)),
+        (qe.Recipe.named("w4a8-mixed"), (8, 16), (4, 0.8 * 8 + 0.2 * 4), (8, 8)),
+        (qe.Recipe.named("w4a8", plan="budget:0.6"), (8, 16), (4, 0.2 * 8 + 0.8 * 4), (8, 8)),
+        (qe.Recipe.named("w8a8", plan="budget:1.2"), (8, 16), (8, 0.2 * 16 + 0.8 * 8), (8, 0.2 * 16 + 0.8 * 8)),
+        (qe.Recipe.named("w4a8", plan="preset:imagenet-20"), (8, 16), (4, (5 * 4 + 15 * 8) / 20), (8, 8)),
     ],
 )
 def test_bits_follow_the_recipe(
     recipe: qe.Recipe, first: tuple[int, int], middle: tuple[int, int], last: tuple[int, int]
 ) -> None:
     result = counted(fused(ThreeLayers(), (2, 6, 6)), recipe)
-    assert [(row.weight_bits, row.activation_bits) for row in result.layers] == [first, middle, last]
+    bits = [(row.weight_bits, row.activation_bits) for row in result.layers]
+    assert bits == [pytest.approx(pair) for pair in (first, middle, last)]
+    by_hand = [macs * w * a for macs, (w, a) in zip((FIRST, MIDDLE, LAST), (first, middle, last), strict=True)]
+    assert result.total == pytest.approx(sum(by_hand))
+    assert result.switchable_fraction == pytest.approx(middle[1] / 8)
 
 
 def test_quantised_model_counts_what_its_recipe_said(demo_unet: nn.Module, demo_scheduler: Any) -> None:
@@ -153,7 +161,7 @@ def test_cifar10_ddpm_on_integers(cifar: tuple[nn.Module, Capture], recipe: str,
 
 def test_json_object(cifar: tuple[nn.Module, Capture]) -> None:
     data = counted(cifar[1], qe.Recipe.named("w4a8")).to_dict()
-    assert set(data) == {"total_gbops", "float_gbops", "ratio", "layers"}
+    assert set(data) == {"total_gbops", "float_gbops", "ratio", "switchable_fraction", "layers"}
     assert set(data["layers"][0]) == {"name", "macs", "weight_bits", "activation_bits", "gbops"}
     assert sum(row["gbops"] for row in data["layers"]) == pytest.approx(data["total_gbops"])
 

@@ -94,7 +94,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
 
 def test_calibrate_then_inspect(run: Run, calibrated: tuple[Path, dict[str, Any]]) -> None:
     target, data = calibrated
-    assert set(data) == {"artifact", "seconds", "layers_quantized", "layers_float"}
+    assert set(data) == {"artifact", "seconds", "layers_quantized", "layers_float", "plan"}
     assert data["artifact"] == str(target) and [p.name for p in target.parent.iterdir()] == ["art"]
     shown = loaded(run("inspect", target, "--json"))
     assert set(shown) == {"schema_version", "recipe", "size_bytes", "float_size_bytes", "rows", "plan", "layers"}
@@ -136,14 +136,60 @@ def test_sample_writes_tensors(run: Run, artifact: Path, tmp_path: Path) -> None
 
 def test_compare(run: Run, artifact: Path) -> None:
     data = loaded(run("compare", artifact, "--reference", "demo", "--n", 2, "--json"))
-    assert set(data) == {"psnr_db", "psnr_db_min", "step_sqnr_db", "latent_error", "finite", "samples"}
+    assert {"psnr_db", "psnr_db_min", "step_sqnr_db", "latent_error", "finite", "samples"} <= set(data)
+    assert {"ssim", "frechet_to_float", "frechet_note", "class_accuracy", "class_entropy"} <= set(data)
     assert len(data["step_sqnr_db"]) == len(data["latent_error"]) == 3 and data["samples"] == 2
     assert data["psnr_db"] >= data["psnr_db_min"] > 10 and data["finite"]
 
 
+def test_compare_with_a_named_extractor(
+    run: Run, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_features.py").write_text("from torch import nn\n\nmeans = nn.AvgPool2d(32)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["compare", artifact, "--reference", "demo", "--n", 3, "--json", "--features"]
+    data = loaded(run(*arguments, "my_features:means"))
+    assert data["frechet_to_float"] > 0 and "rough below 10 samples" in data["frechet_note"]
+    assert data["class_accuracy"] is None and 0 < data["ssim"] < 1
+    data = loaded(run(*arguments, "digits"))
+    assert data["frechet_to_float"] is None and "more than 32 samples" in data["frechet_note"]
+    assert 0 <= data["class_accuracy"] <= 1
+    assert loaded(run(*arguments, "none"))["class_accuracy"] is None
+
+
+def test_report(run: Run, artifact: Path, tmp_path: Path) -> None:
+    arguments = ["report", artifact, "--reference", "demo", "--n", 2, "--out", tmp_path / "new" / "page", "--json"]
+    data = loaded(run(*arguments))
+    path = tmp_path / "new" / "page" / "index.html"
+    assert data["page"] == str(path) and data["bytes"] == path.stat().st_size
+    assert [p.name for p in path.parent.iterdir()] == ["index.html"]
+    compared = loaded(run("compare", artifact, "--reference", "demo", "--n", 2, "--json"))
+    assert data["comparisons"] == {"integers": compared}
+    assert f"{compared['psnr_db']:.2f} dB" in path.read_text()
+    refused(run("report", artifact, "--reference", "demo", "--out", path), "index.html")
+
+
+@pytest.mark.parametrize(
+    ("plan", "serves", "shares"),
+    [("snr:share=0.5", "distribution", (0.5, 0.5)), ("budget:0.75:A4,A8", "fidelity", (0.5, 0.5))],
+)
+def test_calibrate_chooses_a_plan(
+    plan: str, serves: str, shares: tuple[float, float], run: Run, tmp_path: Path
+) -> None:
+    target = tmp_path / "art"
+    tiny = ["--steps", "4", "--samples", "1", "--observer", "minmax", "--recipe", "w4a8"]
+    data = loaded(run("calibrate", "demo", *tiny, "--plan", plan, "--out", target, "--json"))["plan"]
+    assert data["serves"] == serves and (data["shares"]["A4"], data["shares"]["A8"]) == shares
+    assert data["switchable_fraction"] == 0.75
+    shown = loaded(run("inspect", target, "--json"))
+    assert sorted(row["mode"] for row in shown["plan"]) == ["A4", "A4", "A8", "A8"]
+    assert shown["recipe"]["plan"] == plan
+    assert loaded(run("bops", target, "--json"))["switchable_fraction"] == 0.75
+
+
 def test_bops_of_a_model_and_of_an_artifact(run: Run, artifact: Path) -> None:
     data = loaded(run("bops", artifact, "--json"))
-    assert set(data) == {"total_gbops", "float_gbops", "ratio", "layers"}
+    assert set(data) == {"total_gbops", "float_gbops", "ratio", "switchable_fraction", "layers"}
     assert set(data["layers"][0]) == {"name", "macs", "weight_bits", "activation_bits", "gbops"}
     assert loaded(run("bops", "demo", "--recipe", "w4a8", "--json")) == data
 
@@ -179,7 +225,9 @@ def test_doctor_says_whether_models_run_on_a_gpu() -> None:
     )
 
 
-@pytest.mark.parametrize("command", ["demo", "calibrate", "inspect", "sample", "compare", "bops", "bench", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["demo", "calibrate", "inspect", "sample", "compare", "report", "bops", "bench", "doctor"]
+)
 def test_help(command: str, run: Run) -> None:
     status, out, error = run(command, "--help")
     assert status == 0 and error == "" and "--json" in out and "--debug" in out
@@ -268,6 +316,12 @@ def test_interrupted_and_killed_calibration_resumes_to_the_same_bytes(
         (["calibrate", "demo", "--rows", "group:0", "--out", "x"], ["rows", "group:K"]),
         (["calibrate", "demo", "--edges", "a4", "--out", "x"], ["edges", "a16"]),
         (["calibrate", "demo", "--plan", "none.json", "--out", "x"], ["none.json", "no such file"]),
+        (["calibrate", "demo", "--plan", "budget:0.4", "--out", "x"], ["budget:0.4", "0.5 to 2"]),
+        (["calibrate", "demo", "--plan", "preset:mnist", "--out", "x"], ["mnist", "imagenet-250"]),
+        (["calibrate", "demo", "--plan", "snr:low", "--out", "x"], ["snr:low", "snr:THRESHOLD"]),
+        (["compare", "x", "--reference", "demo", "--features", "magic"], ["magic", "package.module:name"]),
+        (["compare", "x", "--reference", "demo", "--features", "no.such:thing"], ["no.such:thing", "importable"]),
+        (["compare", "x", "--reference", "demo", "--features", "json:dumps"], ["json:dumps"]),
         (["calibrate", "demo", "--eta", "2", "--out", "x"], ["--eta"]),
         (["calibrate", "demo", "--eta", "0.5", "--sampler", "ddpm", "--out", "x"], ["eta", "DDPM"]),
         (["calibrate", "demo", "--guidance", "3", "--out", "x"], ["--guidance", "unconditional"]),

@@ -22,13 +22,13 @@ ENGINE, KERNELS = ROOT / "qdiff_engine", ROOT / "kernels" / "qdiff_kernels"
 
 # lowest first; a module belongs to the layer of its file or folder directly below the package
 LAYERS = (
-    {"version", "numerics", "tables", "weights", "recipe"},
+    {"version", "numerics", "tables", "weights", "recipe", "plan_requests"},
     {"reference", "_C"},
     {"ops"},
     {"graph", "samplers", "sampling", "rounding"},
     {
         "runtime", "calibration", "quantization", "correction", "evaluation", "measuring", "baselines", "benchmarking",
-        "models", "pictures", "bops",
+        "models", "pictures", "bops", "digits", "quality", "plans", "reporting",
     },
     {"cli"},
 )  # fmt: skip

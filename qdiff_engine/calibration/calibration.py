@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ class Calibration:
         inputs: {"layer:segment": bfloat16 [P, K]}, samples of what each layer multiplies, over all rows.
         key: what the statistics belong to: checkpoint hash, sampler, step count, eta, guidance, prediction type.
         shape: (C, H, W) of one sample.
+        scheduler, guidance: the deployment sampler, for what is measured later on trajectories.
     """
 
     capture: Capture
@@ -57,6 +59,8 @@ class Calibration:
     inputs: dict[str, Tensor]
     key: dict[str, Any]
     shape: tuple[int, ...]
+    scheduler: Any = None
+    guidance: Guidance = Guidance()
 
 
 def sample_shape(unet: nn.Module, shape: Any) -> tuple[int, ...]:
@@ -158,7 +162,7 @@ def calibrate(
         recorded=recorder.resume(len(ready.timesteps)),
         on_step=recorder.finish_step,
     )
-    return recorder.result(key, shape_)
+    return dataclasses.replace(recorder.result(key, shape_), scheduler=scheduler, guidance=guidance)
 
 
 def _check_capture(unet: nn.Module, model: Capture, noise: Tensor, scheduler: Any, guidance: Guidance) -> None:

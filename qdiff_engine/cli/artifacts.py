@@ -31,7 +31,9 @@ CORRECTION_SEED = 10_000  # added to --seed: corrections see other trajectories 
 
 @click.command(cls=Command)
 @click.argument("model", metavar="MODEL")
-@click.option("--recipe", "recipe_name", default="w8a8", show_default=True, help="w8a8, w4a8, w4a4, w8a16 or w4a16.")
+@click.option(
+    "--recipe", "recipe_name", default="w8a8", show_default=True, help="w8a8, w4a8, w4a4, w4a8-mixed, w8a16 or w4a16."
+)
 @count_option("--steps", 50, "Denoising steps of the deployment sampler.")
 @count_option("--samples", 64, "Trajectories to calibrate on.")
 @count_option("--seed", 0, "Seed of the trajectories.", least=0)
@@ -47,7 +49,12 @@ CORRECTION_SEED = 10_000  # added to --seed: corrections see other trajectories 
 @click.option("--weights", default="nearest", show_default=True, help="How weights are rounded: nearest or gptq.")
 @click.option("--rows", default="step", show_default=True, help="Rows that share a range: step, group:K or static.")
 @click.option("--edges", default="a16", show_default=True, help="First layer's activations: a16 (floating) or a8.")
-@click.option("--plan", default="uniform", show_default=True, help="'uniform', or a JSON file: each row's mode.")
+@click.option(
+    "--plan",
+    help="Activation bits of each step: uniform; snr[:THRESHOLD] or snr:share=SHARE, PTQD's rule (20 % of the steps at "
+    "A4); budget:FRACTION[:MODES], least final error (1 is all A8, 0.5 all A4); preset:NAME; or a JSON file.  "
+    "[default: the recipe's]",
+)
 @click.option(
     "--correct",
     "correction",
@@ -72,7 +79,7 @@ def calibrate(
     weights: str,
     rows: str,
     edges: str,
-    plan: str,
+    plan: str | None,
     correction: str,
     correct_samples: int,
     eta: float | None,
@@ -99,7 +106,8 @@ def calibrate(
         raise ValueError(f"{model} takes the conditioning {', '.join(needed)}; give it in --conditioning FILE")
     scheduler = make_sampler(sampler, loaded.scheduler, model)
     noise = check_eta(eta, scheduler)
-    recipe = Recipe.from_dict({**recipe.to_dict(), "plan": read_plan(plan, scheduler, steps)})
+    if plan is not None:
+        recipe = Recipe.from_dict({**recipe.to_dict(), "plan": read_plan(plan, scheduler, steps)})
     output.resume = f"the finished steps are in {partial}: run the same command to resume"
 
     from ..calibration.calibration import calibrate as run
@@ -120,8 +128,17 @@ def calibrate(
             on_step=lambda _: advance(),
             **guided,
         )
-    with output.progress("quantising", len(list(integer_layers(calibration.capture.graph)))) as advance:
-        quantized = quantize(loaded.unet, calibration, recipe, on_layer=lambda _: advance())
+    choices: list[Any] = []
+    total = len(list(integer_layers(calibration.capture.graph))) + plan_trials(recipe, len(calibration.timesteps))
+    with output.progress("quantising", total) as advance:
+        quantized = quantize(
+            loaded.unet,
+            calibration,
+            recipe,
+            on_layer=lambda _: advance(),
+            on_trial=advance,
+            on_plan=choices.append,
+        )
     if correction != "none":
         settings = {**guided, "samples": correct_samples, "seed": seed + CORRECTION_SEED, "batch": batch}
         quantized = corrected(output, quantized, loaded.unet, scheduler, correction, partial, settings)
@@ -134,8 +151,17 @@ def calibrate(
         "seconds": round(time.monotonic() - start, 3),
         "layers_quantized": integers,
         "layers_float": len(layers) - integers,
+        "plan": choices[0].to_dict() if choices else None,
     }
     output.result(data, lambda console: console.print(_calibrated(data), soft_wrap=True))
+
+
+def plan_trials(recipe: Any, rows: int) -> int:
+    """How many trials choosing the recipe's plan takes."""
+    from ..plans.choice import trials
+
+    request = recipe.plan_request()
+    return trials(request, rows) if request is not None and request.measured else 0
 
 
 def corrected(
@@ -164,10 +190,16 @@ def corrected(
 
 
 def _calibrated(data: dict[str, Any]) -> str:
-    return (
+    plan = data["plan"]
+    text = (
         f"{data['artifact']}: {data['layers_quantized']} layers on integers, {data['layers_float']} in floating point"
         f" ({data['seconds']:.0f} s)"
     )
+    if plan is None:
+        return text
+    shares = ", ".join(f"{share:.0%} of the steps at {mode}" for mode, share in plan["shares"].items() if share)
+    why = f"SNR threshold {plan['threshold']:.3g}" if plan["threshold"] is not None else "least final error"
+    return f"{text}\nplan for {plan['serves']}: {shares}; {plan['switchable_fraction']:.3g} of the BOPs at A8 ({why})"
 
 
 def artifact_paths(out: str) -> tuple[Path, Path]:
@@ -323,3 +355,5 @@ def _show_bops(console: Any, data: dict[str, Any]) -> None:
         f"{data['float_gbops']:.1f} in floating point: {data['ratio']:.2f} times fewer",
         soft_wrap=True,
     )
+    if data["switchable_fraction"] is not None:
+        console.print(f"layers that a plan switches: {data['switchable_fraction']:.3g} of their BOPs at A8")

@@ -22,6 +22,7 @@ _COMMANDS = {  # name -> module of this package; imported when it is asked for
     "inspect": "artifacts",
     "sample": "running",
     "compare": "running",
+    "report": "reporting",
     "bops": "artifacts",
     "bench": "running",
     "doctor": "doctor",

@@ -81,6 +81,55 @@ def correction_option(function: Function) -> Function:
     )(function)
 
 
+sampler_option = click.option(
+    "--sampler",
+    type=click.Choice(["artifact", "ddim", "ddpm"]),
+    default="artifact",
+    show_default=True,
+    help="'artifact' is the sampler that ART was calibrated with.",
+)
+
+features_option = click.option(
+    "--features",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="Feature extractor of the Fréchet distance: auto (the digit classifier for the bundled model), digits, none, "
+    "or package.module:name, a torch module or a function that returns one; images [n, C, H, W] in [-1, 1] go in, "
+    "features [n, F] or (features, logits) come out.",
+)
+
+
+def read_features(name: str) -> Any:
+    """``--features`` as `evaluation.compare` takes it; of a dotted name, the object that Python imports.
+
+    Raises:
+        ValueError: no such module or name, or something that is no extractor.
+    """
+    if name in ("auto", "digits"):
+        return name
+    if name == "none":
+        return None
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"--features {name}: name auto, digits, none or package.module:name")
+    import importlib
+
+    from torch import nn
+
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--features {name}: {error}; the module must be importable (see PYTHONPATH)") from error
+    try:
+        made = found if isinstance(found, nn.Module) or not callable(found) else found()
+    except TypeError as error:
+        raise ValueError(f"--features {name}: must be a function without arguments ({error})") from error
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"--features {name}: must be or return a torch module, got {type(made).__name__}")
+    return made.eval()
+
+
 def machine_options(function: Function) -> Function:
     """--device, --threads."""
     function = count_option("--threads", None, "CPU threads; torch's default otherwise.")(function)
@@ -225,14 +274,16 @@ def scheduler_from(kind: Any, config: dict[str, Any]) -> Any:
 
 
 def read_plan(plan: str, scheduler: Any, steps: int) -> str | tuple[str, ...]:
-    """``--plan``: "uniform", or the modes in a JSON file (a list of modes or of {timestep, mode}), row by row."""
-    if plan == "uniform":
-        return plan
+    """``--plan``: a name or request, or the modes in a JSON file (a list of modes or of {timestep, mode}), by row."""
+    if plan.split(":")[0] in ("uniform", "snr", "budget", "preset"):
+        return plan  # the recipe checks it
     path = Path(plan)
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file; --plan is 'uniform' or a JSON file") from error
+        raise FileNotFoundError(
+            f"{path}: no such file; --plan is uniform, snr, budget:FRACTION, preset:NAME or a JSON file"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f'{path}: not JSON ({error}); a plan is a list of modes such as ["A16", "A8"]') from error
     from ..sampling import prepared

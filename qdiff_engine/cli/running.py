@@ -13,23 +13,19 @@ from .options import (
     check_conditioning,
     correction_option,
     count_option,
+    features_option,
     guidance_arguments,
     machine_options,
     make_sampler,
     pass_output,
+    read_features,
+    sampler_option,
     sampling_options,
     scheduler_of,
     use_machine,
 )
 from .output import Output, megabytes
 
-_SAMPLER = click.option(
-    "--sampler",
-    type=click.Choice(["artifact", "ddim", "ddpm"]),
-    default="artifact",
-    show_default=True,
-    help="'artifact' is the sampler that ART was calibrated with.",
-)
 _PICTURES, _TENSORS = (".png",), (".safetensors",)
 
 
@@ -39,7 +35,7 @@ _PICTURES, _TENSORS = (".png",), (".safetensors",)
 @count_option("--steps", None, "Denoising steps; those of the calibration otherwise.")
 @count_option("--seed", 0, "Seed of the initial noise.", least=0)
 @click.option("--out", required=True, metavar="FILE", help="FILE.png, a grid; or FILE.safetensors, the raw samples.")
-@_SAMPLER
+@sampler_option
 @correction_option
 @sampling_options
 @machine_options
@@ -84,7 +80,7 @@ def sample(
             (n, channels, height, width),
             steps,
             seed,
-            eta=_eta(eta, model.key),
+            eta=eta_of(eta, model.key),
             batch=batch,
             correction=correction,
             on_step=lambda _: advance(),
@@ -96,7 +92,8 @@ def sample(
     output.result(data, lambda console: console.print(f"{path}: {n} images in {seconds:.1f} s", soft_wrap=True))
 
 
-def _eta(given: float | None, key: dict[str, Any]) -> float:
+def eta_of(given: float | None, key: dict[str, Any]) -> float:
+    """``--eta``, or the one that the artifact was calibrated with."""
     return float(key.get("eta", 0.0)) if given is None else given
 
 
@@ -129,7 +126,8 @@ def _write_samples(path: Path, images: Any) -> None:
 @count_option("--steps", None, "Denoising steps; those of the calibration otherwise.")
 @count_option("--n", 16, "Images to compare.")
 @count_option("--seed", 0, "Seed of the initial noise.", least=0)
-@_SAMPLER
+@features_option
+@sampler_option
 @correction_option
 @sampling_options
 @machine_options
@@ -141,6 +139,7 @@ def compare(
     steps: int | None,
     n: int,
     seed: int,
+    features: str,
     sampler: str,
     correction: bool,
     eta: float | None,
@@ -152,6 +151,7 @@ def compare(
 ) -> None:
     """Sample ART and its float original from the same noise, and measure how far they are apart."""
     guided = guidance_arguments(conditioning, guidance)
+    extractor = read_features(features)
     from ..evaluation import compare as run
     from ..runtime.model import load
 
@@ -170,9 +170,10 @@ def compare(
             steps,
             n,
             seed,
-            eta=_eta(eta, model.key),
+            eta=eta_of(eta, model.key),
             batch=batch,
             correction=correction,
+            features=extractor,
             on_step=lambda *_: advance(),
             **guided,
         )
@@ -206,9 +207,24 @@ def _show_comparison(console: Any, report: Any) -> None:
     console.print(table)
     console.print(
         f"PSNR to float: {report.psnr_db:.2f} dB, mean of {report.samples} images, "
-        f"{report.psnr_db_min:.2f} dB for the worst",
+        f"{report.psnr_db_min:.2f} dB for the worst; SSIM {report.to_dict()['ssim']:.4f}",
         soft_wrap=True,
     )
+    console.print(_perceived(report.perception), soft_wrap=True)
+
+
+def _perceived(seen: Any) -> str:
+    """What the feature extractor saw, in a line or two."""
+    distance = "none" if seen.frechet_to_float is None else f"{seen.frechet_to_float:.4g}"
+    text = f"Fréchet distance of features to float: {distance}"
+    text += f" ({seen.frechet_note})" if seen.frechet_note else ""
+    if seen.class_accuracy is not None:
+        text += (
+            f"\nthe class of the float image in {seen.class_accuracy:.1%}; entropy of an image's class "
+            f"{seen.class_entropy:.3f} nats ({seen.class_entropy_float:.3f} in float), of the set's "
+            f"{seen.class_diversity:.3f} ({seen.class_diversity_float:.3f})"
+        )
+    return text
 
 
 @click.command(cls=Command)
@@ -270,6 +286,12 @@ def _show_timing(console: Any, data: dict[str, Any]) -> None:
         speedup = f"{data['speedup'][name]:.2f}x" if name in data["speedup"] else ""
         table.add_row(name, f"{row['median']:.2f}", f"{row['p05']:.2f}", f"{row['p95']:.2f}", speedup)
     console.print(table)
+    if len(data["modes_ms"]) > 1:
+        modes = ", ".join(f"{mode} {value:.2f} ms" for mode, value in data["modes_ms"].items())
+        console.print(
+            f"{data['plan_ms']:.2f} ms on average over the plan's steps ({modes}); the gains are of that",
+            soft_wrap=True,
+        )
     for name, reason in data.get("baselines_absent", {}).items():
         console.print(f"not run: {name} ({reason})", soft_wrap=True)
     peak = data["peak_memory_bytes"]
