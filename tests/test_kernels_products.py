@@ -487,6 +487,8 @@ def test_the_tile_choice_is_a_pure_function() -> None:
     assert (
         choose(90, 8192, 5120, 640, alignment=8) == Launch(wide, 1, False) == choose(90, 8192, 5120, 640, alignment=24)
     )
+    assert choose(90, 8192, 5120, 640, alignment=8, statistics=True).tile == TILES[90][0]
+    assert choose(90, 8192, 5120, 640, alignment=64, statistics=True) == Launch(wide, 1, True)
     assert not choose(90, 8192, 4, 640, alignment=64).descriptors
     assert not any(choose(arch, 8192, 5120, 640, alignment=64).descriptors for arch in (80, 86, 89))
     assert all(choose(arch, 8192, 5120, 640, alignment=64).descriptors for arch in (100, 120))

@@ -7,6 +7,7 @@ unpack them. With GEGLU the weight's first half makes values and its second gate
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -160,7 +161,7 @@ def int_gemm(
     out = torch.empty((m, out_width), dtype=dtype, device=x.device)
     if out.numel():
         alignment = row_alignment(matrix, weight.values)
-        launch = launch or chosen_launch(x, m, n, k, alignment=alignment)
+        launch = launch or chosen_launch(x, m, n, k, alignment=alignment, statistics=chunk > 0)
         tile, splits = (paired(launch.tile), 1) if geglu else launch[:2]
         tile = tile._replace(block_n=max(tile.block_n, BLOCK)) if out_packed else tile
         assert tile.block_m >= chunk, "no tile is lower than a chunk"
@@ -216,13 +217,13 @@ def described(
     )
 
 
-def chosen_launch(x: Tensor, m: int, n: int, k: int, *, k_multiple: int = 0, alignment: int = 0) -> Launch:
-    """The tile table's choice for the device of ``x``; a small tile in the interpreter."""
+def chosen_launch(x: Tensor, m: int, n: int, k: int, **terms: Any) -> Launch:
+    """The tile table's choice for the device of ``x`` (see `tiles.choose`); one tile for all in the interpreter."""
     if not ASSEMBLY:
         return Launch(INTERPRETED, 1)
     device = torch.cuda.get_device_properties(x.device)
     arch = architecture((device.major, device.minor))
-    return choose(arch, m, n, k, device.multi_processor_count, k_multiple=k_multiple, alignment=alignment)
+    return choose(arch, m, n, k, device.multi_processor_count, **terms)
 
 
 def reduced(

@@ -77,8 +77,9 @@ def architecture(capability: tuple[int, int]) -> int:
 
 
 def choose(
-    arch: int, m: int, n: int, k: int, multiprocessors: int | None = None, *, k_multiple: int = 0, alignment: int = 0
-) -> Launch:
+    arch: int, m: int, n: int, k: int, multiprocessors: int | None = None, *, k_multiple: int = 0, alignment: int = 0,
+    statistics: bool = False,
+) -> Launch:  # fmt: skip
     """The launch of an [m, k] x [k, n] product on an architecture of `TILES`.
 
     The largest tile that fills three quarters of the multiprocessors; if none does, the smallest, with K cut into parts
@@ -90,11 +91,12 @@ def choose(
         multiprocessors: of the GPU at hand; the largest part of the architecture by default.
         alignment: of every row of integer operands in bytes, 1 where only pointers can read them; 0 for floating ones.
             Descriptors read rows aligned to 16 bytes, on the architectures that have them.
+        statistics: written beside the output; with pointers, the registers for them rule out `INTEGER_TILES`.
     """
     units = multiprocessors or MULTIPROCESSORS[arch]
     descriptors = arch in DESCRIPTOR_TILES and alignment > 0 and alignment % DESCRIPTOR_ALIGNMENT == 0 and n > 16
     table = DESCRIPTOR_TILES[arch] if descriptors else TILES[arch]
-    if alignment and not descriptors:
+    if alignment and not descriptors and not statistics:
         table = INTEGER_TILES.get(arch, ()) + table
     candidates = (NARROW,) if n <= 16 else tuple(tile for tile in table if tile.block_n <= max(64, _ceil_power(n)))
     tile = candidates[-1]

@@ -60,7 +60,7 @@ def demo(
 
     use_machine(device, threads)
     if torch.cuda.is_available():
-        output.note("There is a GPU here, but the engine has no GPU kernels yet: the demo runs on the CPU.")
+        output.note("There is a GPU here, but the engine is not verified on one yet: the demo runs on the CPU.")
     loaded = demo_model()
     scheduler = ddim(loaded.scheduler)
     make_artifacts(output, folder, settings, loaded.unet, scheduler)

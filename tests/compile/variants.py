@@ -149,8 +149,7 @@ def products() -> Iterator[Variant]:
         for product in (gemm, conv):
             yield product("w4a4-packed", arch, tile, bits=4, x_bits=4)
             yield product("w8a4-packed", arch, tile, x_bits=4)
-            yield product("w4a8-statistics", arch, tile, bits=4, chunk=64)
-            yield product("statistics", arch, _largest(tiles), chunk=64)
+            yield product("w4a8-statistics", arch, _largest(tiles), bits=4, chunk=64)
         if descriptor:
             tile = _largest(descriptor)
             yield gemm("w4a4-descriptors", arch, tile, bits=4, x_bits=4, descriptors=True)
