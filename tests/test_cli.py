@@ -331,7 +331,7 @@ def test_interrupted_and_killed_calibration_resumes_to_the_same_bytes(
         (["calibrate", "demo"], ["--out"]),
         (["calibrate", "demo", "--out", "/"], ["--out"]),
         (["calibrate", "demo", "--out", "/proc/nowhere/art"], ["/proc/nowhere"]),
-        (["calibrate", "demo", "--correct", "ptqd", "--out", "x"], ["--correct"]),
+        (["calibrate", "demo", "--correct", "magic", "--out", "x"], ["magic", "ptqd"]),
         (["inspect", "no-folder"], ["no-folder"]),
         (["sample", "no-folder", "--out", "x.png"], ["no-folder"]),
         (["sample", "no-folder", "--n", "0", "--out", "x.png"], ["--n"]),
