@@ -95,8 +95,9 @@ def tuned_rows(
 def entry(rows: Sequence[dict[str, Any]], arch: int) -> tuple[tuple[Tile, ...], float, float]:
     """(tiles of the table, their total time, that of the best launch of every shape), weighted by the shapes' counts.
 
-    `tiles.choose` takes the first tile that keeps the GPU busy, so tiles stand in falling order of size. Added is, one
-    after another, the tile that lowers the total most under that very rule, until none does.
+    Only `TILES`, the table of pointers, is tuned. `tiles.choose` takes the first tile that keeps the GPU busy, so tiles
+    stand in falling order of size. Added is, one after another, the tile that lowers the total most under that very
+    rule, until none does.
     """
     measured = _by_shape(rows, arch)
     if not measured:

@@ -25,7 +25,7 @@ def fake(speed: dict[Tile, float]) -> tune.Timer:
 
     def timer(shape: Any, precision: str, options: Sequence[Launch]) -> dict[Launch, float]:
         times = {}
-        for tile, splits in options:
+        for tile, splits, _ in options:
             if tile in speed:
                 programs = -(-shape.m // tile.block_m) * -(-tune.columns(shape) // tile.block_n) * splits
                 work = tile.block_m * tile.block_n * shape.k / splits
@@ -50,7 +50,7 @@ def test_candidates_fit_their_architecture(arch: int) -> None:
         m, n, k = shape.m, tune.columns(shape), shape.k
         options = tune.launches(arch, m, n, k, MULTIPROCESSORS[arch], multiple)
         assert options and len(options) == len(set(options)) < 400
-        for tile, splits in options:
+        for tile, splits, _ in options:
             assert multiple % tile.block_k == 0 and (splits == 1 or k // tile.block_k >= 4 * splits)
 
 
