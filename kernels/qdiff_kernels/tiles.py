@@ -27,7 +27,7 @@ TILES = {
     89: (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 8, 3)),
     90: (Tile(128, 128, 128, 8, 4), Tile(128, 64, 128, 4, 4), Tile(64, 64, 128, 4, 4)),
     100: (Tile(128, 64, 128, 8, 4), Tile(64, 64, 128, 4, 4)),
-    120: (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 8, 3)),
+    120: (Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 8, 3)),
 }
 # beside them, larger ones: floating activations would need more shared memory than there is
 INTEGER_TILES = {90: (Tile(128, 256, 128, 8, 4),)}
