@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results_file
+from qdiff_engine.baselines import first_line
 
 Rows = list[dict[str, Any]]
 _SAME = ("gpu", "cpu", "torch", "triton", "commit")  # what rows of one file have in common
@@ -127,8 +128,7 @@ def run(
             machine["absent"][section.name] = f"did not finish in {left:.0f} s"
             print(f"{section.name}: {machine['absent'][section.name]}", file=sys.stderr)
         except Exception as error:  # compilers raise types of their own; what happened is told, and is the exit status
-            reason = (str(error).strip().splitlines() or [""])[0]
-            wrong.append(f"{section.name}: {type(error).__name__}: {reason}")
+            wrong.append(f"{section.name}: {type(error).__name__}: {first_line(error)}")
             traceback.print_exc(limit=-_FRAMES)
         else:
             machine["sections"][section.name] = round(clock() - began, 1)

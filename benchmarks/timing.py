@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qdiff_engine.baselines import first_line
 from qdiff_engine.measuring import summary
 
 Contestant = Callable[[int], Any]  # one call on the input set of that number
@@ -45,7 +46,7 @@ def times(
         try:
             passes[name] = make(run, sets)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            absent[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            absent[name] = first_line(error)
     found: dict[str, list[float]] = {name: [] for name in passes}
     for i in range(_WARM_UP + rounds):
         for name, timed in passes.items():

@@ -81,8 +81,13 @@ def tried(makers: Mapping[str, Callable[[], Contestant]]) -> Baselines:
             contestant(0)
             contestants[name] = contestant
         except _REFUSALS as error:
-            absent[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            absent[name] = first_line(error)
     return contestants, absent
+
+
+def first_line(error: Exception) -> str:
+    """An error's message as a reason to print: its first line, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def gpu_contestants(module: nn.Module, inputs: list[Inputs], compile_: bool) -> Baselines:
@@ -155,14 +160,13 @@ def _cpu_contestants(module: nn.Module, inputs: list[Inputs], device: torch.devi
 
         return run
 
-    contestants = {"torch-fp32": under(None), "torch-bf16": under(torch.bfloat16)}
-    absent: dict[str, str] = {}
-    for name, make in (("openvino-bf16", openvino_contestant), ("openvino-int8", openvino_int8_contestant)):
-        try:
-            contestants[name] = make(module, inputs, device, threads)
-        except _REFUSALS as error:
-            absent[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return contestants, absent
+    contestants, absent = tried(
+        {
+            "openvino-bf16": lambda: openvino_contestant(module, inputs, device, threads),
+            "openvino-int8": lambda: openvino_int8_contestant(module, inputs, device, threads),
+        }
+    )
+    return {"torch-fp32": under(None), "torch-bf16": under(torch.bfloat16), **contestants}, absent
 
 
 class _Positional(nn.Module):

@@ -85,12 +85,14 @@ def quantize(
     request = recipe.plan_request()
     if request is None or not request.measured:
         return model(make_table(calibration, recipe))
-    trials = {mode: model(make_table(calibration, recipe, mode)) for mode in needed_modes(request)}
-    row = next(iter(trials.values())).table.row
-    choice = choose(request, trials, row, calibration.timesteps, unet, _trial_sampler(calibration), on_trial)
+    tables = {mode: make_table(calibration, recipe, mode) for mode in needed_modes(request)}
+    first = model(next(iter(tables.values())))  # the others share its packed weights
+    trials = {mode: first.with_table(table) for mode, table in tables.items()}
+    row, sampler = first.table.row, _trial_sampler(calibration)
+    choice = choose(request, trials, row, calibration.timesteps, unet, sampler, on_trial)
     if on_plan is not None:
         on_plan(choice)
-    return model(make_table(calibration, recipe, choice.modes))
+    return first.with_table(make_table(calibration, recipe, choice.modes))
 
 
 def _trial_sampler(calibration: Calibration) -> Sampler:

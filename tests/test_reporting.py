@@ -18,8 +18,9 @@ from PIL import Image
 import qdiff_engine as qe
 from qdiff_engine.reporting import charts
 from qdiff_engine.reporting.page import Picture, Section, page
-from qdiff_engine.reporting.report import MODEL, PLAIN, Report, measure, output_corrections, render
+from qdiff_engine.reporting.report import MODEL, PLAIN, Report, correction_tables, measure, render
 from qdiff_engine.runtime.model import IntegerUNet
+from qdiff_engine.tables import Correction
 
 FETCHING = {
     "src",
@@ -140,16 +141,27 @@ def test_a_page_holds_everything_it_shows() -> None:
 
 def test_a_corrected_model_is_shown_with_and_without_its_correction() -> None:
     plain = mixed_model()
-    report = measured(corrected(plain), corrections={"sigma": torch.rand(4)})
+    report = measured(corrected(plain))
     assert list(report.comparisons) == [MODEL, PLAIN]
     assert report.comparisons[PLAIN].to_dict() == measured(plain).comparisons[MODEL].to_dict()
     assert report.comparisons[MODEL].psnr_db != report.comparisons[PLAIN].psnr_db
-    assert list(report.corrections) == ["scale a", "k = 1 / a - 1", "shift b", "sigma"]
+    assert list(report.corrections) == ["scale a", "k = 1 / a - 1", "shift b"]
     assert report.corrections["k = 1 / a - 1"].allclose(torch.tensor(0.25))
     reader = read(render(report, "corrected"))
-    assert "Corrections" in reader.headings and len(reader.images) == 9
+    assert "Corrections" in reader.headings and len(reader.images) == 8
     assert {MODEL, PLAIN} <= set(reader.cells)
-    assert output_corrections(plain.table) == {}
+    assert correction_tables(plain) == {}
+
+
+def test_the_samplers_corrections_are_shown_too() -> None:
+    plain = mixed_model()
+    bias, scale = 0.1 * networks.normal(*plain.table.output_scale.shape), torch.rand(len(plain.table.timesteps))
+    correction = Correction("none+ibc+vsc", {}, plain.table.timesteps, bias, scale)
+    tables = correction_tables(plain.with_table(plain.table, correction=correction))
+    assert list(tables) == ["input bias B", "sigma' / sigma"]
+    assert torch.equal(tables["input bias B"], bias) and torch.equal(tables["sigma' / sigma"], scale)
+    report = dataclasses.replace(measured(plain), corrections=tables)
+    assert "Corrections" in read(render(report, "corrected")).headings
 
 
 def test_text_from_a_stranger_stays_text() -> None:

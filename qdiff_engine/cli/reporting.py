@@ -59,7 +59,7 @@ def report(
 ) -> None:
     """Show what quantisation did to ART: samples, errors, signal to noise, ranges and BOPs, on one page."""
     guided, extractor = guidance_arguments(conditioning, guidance), read_features(features)
-    from ..reporting.report import measure, output_corrections, render
+    from ..reporting.report import correction_tables, measure, render
     from ..runtime.files import write_file
     from ..runtime.model import load
 
@@ -70,7 +70,7 @@ def report(
     steps = steps or int(model.key.get("steps", 50))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    runs = 3 if output_corrections(model.table) else 2
+    runs = 3 if correction_tables(model) else 2
     with output.progress("comparing", runs * steps) as advance:
         found = measure(
             model,

@@ -68,19 +68,17 @@ def measure(
     conditioning: Conditioning = None,
     batch: int = 16,
     features: Extractor | str | None = AUTO,
-    corrections: Mapping[str, Tensor] | None = None,
     on_step: OnStep | None = None,
 ) -> Report:
     """Compare ``model`` with ``unet`` (with and without its correction, if it has one) and collect what a page shows.
 
     Args:
-        corrections: further tables by title, beside those in the model's own table: sigma, input bias.
         steps, samples, seed, eta, guidance_scale, unconditional, conditioning, batch, features, on_step: as for
             `evaluation.compare`.
     """
     models = {MODEL: model}
-    own = output_corrections(model.table)
-    if own:
+    corrections = correction_tables(model)
+    if corrections:
         models[PLAIN] = without_correction(model)
     channels, height, width = (int(size) for size in model.graph.inputs["sample"][1:])
     comparisons = compare_all(
@@ -102,27 +100,30 @@ def measure(
     signal = None
     if isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
         signal = [decibels(v, 1.0) for v in signal_to_noise(scheduler, comparisons[MODEL].timesteps)]
-    found = {**own, **(corrections or {})}
-    return Report(inspect(model), count_bops(model), comparisons, model.table, signal, found, model.key)
+    return Report(inspect(model), count_bops(model), comparisons, model.table, signal, corrections, model.key)
 
 
-def output_corrections(table: Table) -> dict[str, Tensor]:
-    """The output's correction e' = a e + b by row and channel, and k with a = 1 / (1 + k); empty for the identity."""
-    a, b = table.output_scale, table.output_shift
-    if bool((a == 1).all()) and bool((b == 0).all()):
-        return {}
-    return {"scale a": a, "k = 1 / a - 1": 1 / a - 1, "shift b": b}
+def correction_tables(model: IntegerUNet) -> dict[str, Tensor]:
+    """What corrects the model, by row and title: e' = a e + b with a = 1 / (1 + k), B and s' / s; only what acts."""
+    a, b = model.table.output_scale, model.table.output_shift
+    tables: dict[str, Tensor] = {}
+    if bool((a != 1).any()) or bool((b != 0).any()):
+        tables |= {"scale a": a, "k = 1 / a - 1": 1 / a - 1, "shift b": b}
+    if model.correction is not None and bool((model.correction.input_bias != 0).any()):
+        tables["input bias B"] = model.correction.input_bias
+    if model.correction is not None and bool((model.correction.sigma_scale != 1).any()):
+        tables["sigma' / sigma"] = model.correction.sigma_scale
+    return tables
 
 
 def without_correction(model: IntegerUNet) -> IntegerUNet:
-    """``model`` with the identity for its output's correction."""
+    """``model`` with the identity for its output's correction, and none for its sampler."""
     table = dataclasses.replace(
         model.table,
         output_scale=torch.ones_like(model.table.output_scale),
         output_shift=torch.zeros_like(model.table.output_shift),
     )
-    parts = ("graph", "weights", "constants", "recipe", "key", "model_config")
-    return IntegerUNet(**{name: getattr(model, name) for name in parts}, table=table, device=model.device)
+    return model.with_table(table)
 
 
 def render(report: Report, title: str) -> str:
