@@ -53,6 +53,8 @@ def assert_equal(a: Calibration, b: Calibration) -> None:
     assert torch.equal(a.counts, b.counts) and torch.equal(a.ranges, b.ranges)
     assert a.inputs.keys() == b.inputs.keys()
     assert all(torch.equal(value, b.inputs[name]) for name, value in a.inputs.items())
+    assert a.trajectory.timesteps == b.trajectory.timesteps
+    assert all(map(torch.equal, a.trajectory.samples, b.trajectory.samples))
 
 
 def artifact_bytes(calibration: Calibration, folder: Path, name: str = "plain") -> dict[str, bytes]:
@@ -65,6 +67,14 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     assert first == second and len(first) == 3
     assert artifact_bytes(tiny(cache_dir=tmp_path / "cache"), tmp_path / "c") == first
     assert artifact_bytes(tiny(seed=12), tmp_path / "d") != first
+
+
+def test_the_trajectory_is_what_the_unet_received() -> None:
+    seen: list[tuple[float, Tensor]] = []
+    calibration = tiny(on_step=lambda step: seen.append((step.timestep, step.sample.clone())))
+    assert calibration.trajectory.timesteps == tuple(timestep for timestep, _ in seen)
+    assert all(map(torch.equal, calibration.trajectory.samples, (sample for _, sample in seen)))
+    assert {tuple(sample.shape) for sample in calibration.trajectory.samples} == {(3, 3, 16, 16)}
 
 
 def test_the_random_state_of_the_caller_does_not_matter() -> None:

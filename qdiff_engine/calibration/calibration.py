@@ -37,6 +37,17 @@ _CAPTURE_TOLERANCE = 1e-3  # relative L2 between the module and its captured gra
 
 
 @dataclass(frozen=True)
+class Trajectory:
+    """Float sampling runs as the UNet saw them: step i received ``samples[i]`` [n, C, H, W] and ``timesteps[i]``.
+
+    Sample j of every step belongs to run j, and to the conditioning of index j.
+    """
+
+    timesteps: tuple[float, ...]
+    samples: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What quantisation needs to know of a model: its graph, and histograms per row and site.
 
@@ -46,6 +57,7 @@ class Calibration:
         sites: quantiser names, the second axis of the statistics.
         counts: float64 [R, S, BINS]; ranges: float64 [R, S, 2], the span of each histogram.
         inputs: {"layer:segment": bfloat16 [P, K]}, samples of what each layer multiplies, over all rows.
+        trajectory: what the UNet received at every step, noisiest first, and with which timestep.
         key: what the statistics belong to: checkpoint hash, sampler, step count, eta, guidance, prediction type.
         shape: (C, H, W) of one sample.
         scheduler, guidance: the deployment sampler, for what is measured later on trajectories.
@@ -57,6 +69,7 @@ class Calibration:
     counts: Tensor
     ranges: Tensor
     inputs: dict[str, Tensor]
+    trajectory: Trajectory
     key: dict[str, Any]
     shape: tuple[int, ...]
     scheduler: Any = None
@@ -206,6 +219,7 @@ class _Recorder:
         self.sites = tuple(node.kwargs["site"] for node in model.graph.nodes if "site" in node.kwargs)
         self.rows: dict[float, list[tuple[Tensor, Tensor]]] = {}
         self.inputs: dict[str, list[Tensor]] = {}
+        self.path: list[tuple[float, Tensor]] = []
         self.done: dict[int, dict[str, Tensor]] = {}
         self._start(0)
 
@@ -238,6 +252,7 @@ class _Recorder:
             if self.checkpoint is not None:
                 self.checkpoint.save(step.index, tensors)
             self._start(step.index + 1)
+        self.path.append((step.timestep, tensors["sample"]))
         self.rows.setdefault(step.timestep, []).append((tensors["counts"].double(), tensors["ranges"]))
         for name, value in tensors.items():
             if name.startswith("input."):
@@ -259,7 +274,9 @@ class _Recorder:
         counts = torch.stack([counts for counts, _ in merged_rows])
         ranges = torch.stack([ranges for _, ranges in merged_rows])
         inputs = {name: torch.cat(parts) for name, parts in self.inputs.items()}
-        return Calibration(self.model, timesteps, self.sites, counts, ranges, inputs, key, shape)
+        visited, samples = zip(*self.path, strict=True)
+        trajectory = Trajectory(visited, samples)
+        return Calibration(self.model, timesteps, self.sites, counts, ranges, inputs, trajectory, key, shape)
 
 
 def _merge_visits(visits: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
