@@ -12,7 +12,16 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-torch.set_num_threads(min(2, torch.get_num_threads()))
+_SHARED = "PYTEST_XDIST_WORKER" in os.environ  # with other processes of the same test run
+torch.set_num_threads(1 if _SHARED else min(2, torch.get_num_threads()))
+_MOST_PROCESSES = 8  # each needs a gigabyte
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Test processes: one per core; none beside the first where a GPU or the compile tests' own pool is at work."""
+    if torch.cuda.is_available() or any("compile" in argument for argument in config.args):
+        return 0
+    return min(os.cpu_count() or 1, _MOST_PROCESSES)
 
 
 @pytest.fixture(autouse=True)
