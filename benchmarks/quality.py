@@ -64,7 +64,7 @@ def row(recipe: qe.Recipe, model: qe.IntegerUNet, result: Comparison, seconds: d
         "psnr_db_min": round(result.psnr_db_min, 3),
         "ssim": round(sum(result.ssim) / result.samples, 5),
         "latent_error": round(result.latent_error[-1], 6),
-        "step_sqnr_db_min": round(min(result.step_sqnr_db), 3),
+        "step_sqnr_db_min": round(min(result.step_sqnr_db), 3) if result.step_sqnr_db else None,
         "frechet_to_float": result.perception.frechet_to_float,
         "gbops": round(bops.total / 1e9, 4),
         "gbops_ratio": round(bops.ratio, 2),

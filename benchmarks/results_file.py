@@ -202,6 +202,11 @@ def arguments(description: str | None, results: str) -> argparse.ArgumentParser:
 def device_arguments(parser: argparse.ArgumentParser, default: str = "cpu") -> None:
     """The options of benchmarks that run section by section on a GPU."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="default: %(default)s")
+    section_arguments(parser)
+
+
+def section_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of benchmarks that run section by section, see `sections.run`."""
     parser.add_argument(
         "--budget-seconds", type=float, default=None, help="stop in time, between sections; the same command goes on"
     )

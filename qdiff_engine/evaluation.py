@@ -159,9 +159,13 @@ def compare_all(
     correction: bool = True,
     strict: bool = False,
     features: Extractor | str | None = AUTO,
+    step_sqnr: bool = True,
     on_step: OnStep | None = None,
 ) -> dict[str, Comparison]:
-    """`compare` for several models, which share one float trajectory."""
+    """`compare` for several models, which share one float trajectory.
+
+    ``step_sqnr`` = False leaves `Comparison.step_sqnr_db` empty and saves one of each model's two passes.
+    """
     size = sample_shape(unet, shape)
     extractor = extractor_named(features, unet)
     check_count("samples", samples), check_count("seed", seed, least=0)
@@ -173,7 +177,7 @@ def compare_all(
     timesteps: list[float] = []
 
     def follow(step: Step) -> None:
-        for name, model in models.items():
+        for name, model in models.items() if step_sqnr else ():
             prediction = guided_prediction(model, guidance, step, batch)
             noise_energy = float((prediction - step.prediction).double().square().sum())
             sqnr[name].append(decibels(float(step.prediction.double().square().sum()), noise_energy))

@@ -77,6 +77,8 @@ def test_models_share_one_float_trajectory(demo_unet: nn.Module, demo_scheduler:
     assert seen == ["float"] * 2 + ["a"] * 2 + ["b"] * 2
     alone = qe.compare(models["b"], demo_unet, demo_scheduler, SHAPE, steps=2, samples=2)
     assert reports["b"].to_dict() == alone.to_dict()
+    short = compare_all(models, demo_unet, demo_scheduler, SHAPE, steps=2, samples=2, step_sqnr=False)["b"]
+    assert short.to_dict() == {**alone.to_dict(), "step_sqnr_db": []}
 
 
 def test_guidance_reaches_both_models(demo_scheduler: Any) -> None:
