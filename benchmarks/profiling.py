@@ -11,9 +11,10 @@ import torch
 
 from qdiff_engine.graph.ir import Node
 from qdiff_engine.measuring import summary
-from qdiff_engine.runtime.executor import Instruction, Program, Row, Values
+from qdiff_engine.runtime.compiler import Instruction, Row, Values
 from qdiff_engine.runtime.lowering import lower_for_cpu
 from qdiff_engine.runtime.model import IntegerUNet
+from qdiff_engine.runtime.program import Program
 from qdiff_engine.sampling import predict
 
 OUTSIDE = "outside the instructions"  # checks of the arguments, caches, copies in and out

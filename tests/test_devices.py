@@ -16,7 +16,7 @@ from qdiff_engine import ops
 from qdiff_engine.graph.ir import Node
 from qdiff_engine.graph.operators import FLOAT_OPS
 from qdiff_engine.ops import dispatch
-from qdiff_engine.runtime.executor import Compiler
+from qdiff_engine.runtime.compiler import Compiler
 
 OLD = r"Tesla T4 has compute capability 7\.5, the kernels need 8\.0 or newer"
 

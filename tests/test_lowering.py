@@ -17,7 +17,7 @@ from qdiff_engine import ops
 from qdiff_engine.graph.ir import Graph
 from qdiff_engine.quantization import quantize
 from qdiff_engine.runtime import lowering
-from qdiff_engine.runtime.executor import Program
+from qdiff_engine.runtime.program import Program
 
 CPU = torch.device("cpu")
 PLAN = ("A4", "A8", "A16", "A8")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import qdiff_engine as qe
 from qdiff_engine import ops
-from qdiff_engine.runtime import executor
+from qdiff_engine.runtime import compiler
 from qdiff_engine.runtime.float_layers import float_layer
 from qdiff_engine.runtime.replay import ReplayedProgram
 from qdiff_engine.runtime.summary import inspect
@@ -116,7 +116,7 @@ def test_replaying_floating_layers_equals_the_kernels(monkeypatch: pytest.Monkey
     parts = (base.graph, base.weights, base.constants, table, torch.device("cpu"), "triton")
     merged = {name.replace("to_q", other) for name in floating if value in name for other in ("to_k", "to_v")}
     made: list[str] = []
-    monkeypatch.setattr(executor, "float_layer", lambda node, *more: made.append(node.name) or float_layer(node, *more))
+    monkeypatch.setattr(compiler, "float_layer", lambda node, *more: made.append(node.name) or float_layer(node, *more))
     programs = [ReplayedProgram(*parts, floating=names) for names in (floating | merged, ())]
     assert len(made) == len(floating) == 8, "a GEGLU and a merged product in four transformers"
     x, row = networks.normal(1, 4, 8, 8).contiguous(memory_format=torch.channels_last), 1

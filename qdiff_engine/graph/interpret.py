@@ -1,7 +1,7 @@
 """Run an integer graph in floating point: plain (for calibration) or simulated (fake-quant, differentiable).
 
 Both are one interpretation with two hooks: what happens to an activation at a quantiser, and which weight a layer
-multiplies with. The integers themselves are run by the runtime's executor.
+multiplies with. The integers themselves are run by the runtime's programs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An integer layer run in floating point, on its dequantised weights, where that was measured to be faster."""
+"""What stays floating: integer layers on dequantised weights, where that was measured to be faster, and mode A16."""
 
 from __future__ import annotations
 
@@ -64,3 +64,24 @@ def float_layer(
         return y if output is None else quantize(y, *output)
 
     return run
+
+
+def linear_by_sample(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y[b] = W x[b] + bias, one b at a time: a matrix product's last bits depend on how many rows it has."""
+    if len(x) > 1 and x.device.type == "cpu" and bool((x == x[:1]).all()):  # elsewhere the host would wait for it
+        return F.linear(x[:1], weight, bias).repeat(len(x), *[1] * (x.dim() - 1))
+    return torch.cat([F.linear(row, weight, bias) for row in x.split(1)])
+
+
+def _upsampled(x: Tensor, factor: int) -> Tensor:
+    """Nearest upsampling of an image tensor of any dtype, channels last."""
+    x = x.permute(0, 2, 3, 1).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    return x.permute(0, 3, 1, 2)
+
+
+def placed_as(x: Tensor, upsample: int, padding: tuple[int, int, int, int]) -> Tensor:
+    """Upsampled and zero-padded floating activations, as the quantiser would have written their integers."""
+    if upsample > 1:
+        x = _upsampled(x, upsample)
+    top, bottom, left, right = padding
+    return F.pad(x, (left, right, top, bottom)) if any(padding) else x

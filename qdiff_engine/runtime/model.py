@@ -19,9 +19,10 @@ from ..sampling import check_count, timestep_tensor
 from ..tables import Correction, Noise, Table
 from ..weights import QuantizedWeight
 from .artifact import Artifact, load_artifact, save_artifact
-from .executor import Compiler, Program, make_rows
+from .compiler import Compiler, make_rows
 from .host_values import HostValues
 from .lowering import lower_for_cpu, lower_for_gpu
+from .program import Program
 from .replay import CudaGraphs, ReplayedProgram, device_rows, run_again
 from .tuning import Clock, Timing, cuda_clock, floating_sites, host_clock, measure, retabled
 

@@ -19,8 +19,9 @@ from .. import numerics
 from ..graph.ir import Graph
 from ..tables import Table
 from ..weights import QuantizedWeight
-from .executor import Program, Row, Values
+from .compiler import Row, Values
 from .lowering import lower_for_gpu
+from .program import Program
 
 Recorded = Callable[[], Tensor]
 Recorder = Callable[[Callable[[], Tensor]], Recorded]

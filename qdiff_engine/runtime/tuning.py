@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..graph.ir import Graph, Node, Ref, sizes
 from ..tables import Table
-from .executor import Compiler, Row, Values
+from .compiler import Compiler, Row, Values
 from .float_layers import layer_names
 
 Clock = Callable[[str, Callable[[], Any]], float]  # ("integer" or "float", work) -> milliseconds

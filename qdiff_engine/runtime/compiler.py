@@ -1,4 +1,4 @@
-"""Integer graph -> flat list of instructions for one backend, run without allocation of graph objects or dispatch.
+"""Lowered graph -> flat list of instructions for one backend, run without allocation of graph objects or dispatch.
 
 An instruction is a closure ``(values, row)``; ``values`` is a list with one slot per graph value, and ``row`` the
 constants of the calibrated row that serves the timestep. Slots are emptied after their last reader.
@@ -6,32 +6,24 @@ constants of the calibrated row that serves the timestep. Slots are emptied afte
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import operator
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
 from ..graph.interpret import activate
 from ..graph.ir import Const, Graph, Node, Ref, map_leaves
-from ..graph.operators import FACTORY_OPS, FLOAT_OPS, INTEGER_OPS, LAYOUT_OPS
-from ..ops import native
+from ..graph.operators import FACTORY_OPS, FLOAT_OPS, INTEGER_OPS
 from ..tables import Table
 from ..weights import QuantizedWeight
-from .float_layers import float_layer, layer_names
-from .lowering import lower_for_cpu
+from .float_layers import float_layer, layer_names, linear_by_sample, placed_as
+from .lifetimes import Lifetimes
 
 Values = list[Any]
-_FRESH_OPS = frozenset({"int_gemm", "int_conv2d", "groupnorm_silu_quantize", "layernorm_quantize"})
-_CACHED_TIMESTEPS = 256
-_CACHED_BYTES = 16 << 20  # of timestep-only values kept between calls
 
 
 @dataclass(frozen=True)
@@ -58,151 +50,6 @@ def make_rows(table: Table) -> tuple[Row, ...]:
         identity = bool((a == 1).all()) and bool((b == 0).all())
         rows.append(Row(tuple(sites), None if identity else a, None if identity else b))
     return tuple(rows)
-
-
-class Program:
-    """A compiled model. ``run`` is the whole forward pass; not re-entrant, like the module that owns it."""
-
-    def __init__(
-        self,
-        graph: Graph,
-        weights: Mapping[str, tuple[QuantizedWeight, ...]],
-        constants: Mapping[str, Tensor],
-        table: Table,
-        device: torch.device,
-        backend: str | None = None,
-        lower: Callable[[Graph], Graph] = lower_for_cpu,
-        dtype: torch.dtype = torch.float32,
-        floating: Collection[str] = (),
-    ) -> None:
-        if device.type == "cpu":
-            native.keep_freed_memory()
-        lowered = lower(graph)
-        self.corrects = True
-        self._set_table(table)
-        self.inputs = tuple(lowered.inputs)
-        compiler = Compiler(lowered, weights, constants, table, device, backend, dtype, floating)
-        self.slots = compiler.slots
-        self.sections = {name: compiler.section(name) for name in ("prompt", "time", "main")}
-        self.output = compiler.slots[lowered.output]
-        self.folds_correction = compiler.corrected_layer is not None
-        self._kept = {name: compiler.kept_after(name) for name in ("prompt", "time")}
-        self._batched = {self.slots[node.name] for node in lowered.nodes if node.shape[:1] == ("B",)}
-        self._reads = {name: compiler.inputs_read(name) for name in ("prompt", "time")}
-        of_time = () if self._reads["time"] else compiler.section("prompt", compiler.needed_by("time"))
-        self._time_alone = (*of_time, *self.sections["time"])
-        self._by_identity = device.type != "cpu"
-        self._forget()
-
-    def _set_table(self, table: Table) -> None:
-        self.rows = make_rows(table)
-        self._uncorrected = tuple(dataclasses.replace(row, output_scale=None, output_shift=None) for row in self.rows)
-
-    def _forget(self) -> None:
-        """Empty the caches of what the prompt and the timestep alone determine."""
-        self._prompts = _Cache(limit=4, by_identity=self._by_identity)
-        self._times = _Cache(limit=_CACHED_TIMESTEPS, by_identity=self._by_identity)
-
-    def with_table(self, table: Table) -> Program:
-        """This program with another table of the same sites, over the same packed weights."""
-        other = copy.copy(self)
-        other._set_table(table)
-        other._forget()
-        return other
-
-    @torch.inference_mode()
-    def run(self, inputs: Mapping[str, Tensor], timestep: float, row: int) -> Tensor:
-        """Output for ``inputs`` (every graph input by name); ``timestep`` is the value in inputs["timestep"]."""
-        return self.main(*self.before_main(inputs, timestep, row))
-
-    def before_main(self, inputs: Mapping[str, Tensor], timestep: float, row: int) -> tuple[Values, Row]:
-        """Inputs, and what the prompt and the timestep alone determine: computed, or remembered from another step."""
-        values: Values = [None] * len(self.slots)
-        for name in self.inputs:
-            values[self.slots[name]] = inputs[name]
-        batch = inputs["sample"].shape[0]
-        constants = (self.rows if self.corrects else self._uncorrected)[row]
-        self._cached("prompt", self._prompts, (batch,), values, constants)
-        self._cached("time", self._times, (batch, timestep), values, constants)
-        return values, constants
-
-    def main(self, values: Values, constants: Row) -> Tensor:
-        """The part that depends on the latents; ``values`` are emptied on the way."""
-        for instruction in self.sections["main"]:
-            instruction(values, constants)
-        output, a, b = values[self.output], constants.output_scale, constants.output_shift
-        if a is None or b is None or self.folds_correction:
-            return output
-        shape = (1, -1, *[1] * (output.dim() - 2))
-        return output * a.reshape(shape) + b.reshape(shape)
-
-    def _cached(self, section: str, cache: _Cache, key: tuple, values: Values, row: Row) -> None:
-        """Run a section, or restore what it left behind at an earlier call with equal inputs of those it reads."""
-        conditioning = [values[slot] for slot in self._reads[section]]
-        if cache.by_identity:  # the two prompts of guidance may take turns
-            key = (*key, *map(id, conditioning))
-        kept = cache.get(key, conditioning)
-        if kept is None:
-            if section == "time" and not conditioning:
-                kept = self._single_time(values, row)
-            else:
-                for instruction in self.sections[section]:
-                    instruction(values, row)
-                kept = [(slot, values[slot]) for slot in self._kept[section]]
-            cache.put(key, conditioning, kept)
-        for slot, value in kept:
-            values[slot] = value
-
-    def _single_time(self, values: Values, row: Row) -> list[tuple[int, Any]]:
-        """The time section for one sample, repeated: a batch size never changes what a timestep gives."""
-        single: Values = [None] * len(values)
-        for name in self.inputs:
-            single[self.slots[name]] = values[self.slots[name]][:1]
-        for instruction in self._time_alone:
-            instruction(single, row)
-        batch = len(values[self.slots["sample"]])
-        kept = []
-        for slot in self._kept["time"]:
-            value = single[slot]
-            if slot in self._batched:
-                value = value.expand(batch, *value.shape[1:]).contiguous()
-            kept.append((slot, value))
-        return kept
-
-
-class _Cache:
-    """Least recently used values by key.
-
-    Conditioning is compared by content; by identity where a comparison would make the host wait for a device: there the
-    caller hands over the same tensor only while its content stays the same.
-    """
-
-    def __init__(self, limit: int, by_identity: bool = False) -> None:
-        self.limit, self.by_identity = limit, by_identity
-        self.bytes = 0
-        self.entries: OrderedDict[tuple, tuple[list[Tensor], list[tuple[int, Any]], int]] = OrderedDict()
-
-    def get(self, key: tuple, conditioning: list[Tensor]) -> list[tuple[int, Any]] | None:
-        entry = self.entries.get(key)
-        if entry is None or len(entry[0]) != len(conditioning):
-            return None
-        equal = operator.is_ if self.by_identity else torch.equal
-        if not all(equal(a, b) for a, b in zip(entry[0], conditioning, strict=True)):
-            return None
-        self.entries.move_to_end(key)
-        return entry[1]
-
-    def put(self, key: tuple, conditioning: list[Tensor], kept: list[tuple[int, Any]]) -> None:
-        size = sum(v.numel() * v.element_size() for _, v in kept if isinstance(v, Tensor))
-        self._drop(key)
-        self.entries[key] = ([c if self.by_identity else c.clone() for c in conditioning], kept, size)
-        self.bytes += size
-        while len(self.entries) > 1 and (len(self.entries) > self.limit or self.bytes > _CACHED_BYTES):
-            self._drop(next(iter(self.entries)))
-
-    def _drop(self, key: tuple) -> None:
-        entry = self.entries.pop(key, None)
-        self.bytes -= entry[2] if entry is not None else 0
 
 
 class Compiler:
@@ -233,8 +80,7 @@ class Compiler:
             name: ops.resolve(name, device, backend if ops.supports(backend, name) else None)
             for name in sorted(INTEGER_OPS)
         }
-        self.last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.refs()}
-        self.alias_use = self._alias_use()
+        self.lifetimes = Lifetimes(graph)
         self.corrected_layer = self._corrected_layer()
 
     def _corrected_layer(self) -> Node | None:
@@ -244,32 +90,9 @@ class Compiler:
             return None
         return last if last.kwargs["temb"] is None and last.kwargs["residual"] is None else None
 
-    def _alias_use(self) -> dict[str, int]:
-        """Last reader of each value or of anything that may share its memory.
-
-        That is any floating-point operator's result, and in mode A16 what a quantiser passes on.
-        """
-        use = dict(self.last_use)
-        for node in reversed(self.graph.nodes):
-            sharing = [(name, node.name) for name in node.refs()] if node.op not in _FRESH_OPS else []
-            if node.op == "groupnorm_silu_quantize":
-                sharing = [(node.args[i].name, copy) for i, copy in node.kwargs["copies"].items()]
-            for name, other in sharing:
-                use[name] = max(use.get(name, -1), use.get(other, -1))
-        return use
-
-    def needed_by(self, section: str) -> set[str]:
-        """Nodes and graph inputs that a section's values are made of."""
-        needed: set[str] = set()
-        for node in reversed(self.graph.nodes):
-            if node.section == section or node.name in needed:
-                needed |= {node.name, *node.refs()}
-        return needed
-
-    def inputs_read(self, section: str) -> list[int]:
-        """Slots of the conditioning that a section depends on."""
-        needed = self.needed_by(section)
-        return [self.slots[name] for name in self.graph.inputs if name in needed - {"sample", "timestep"}]
+    def slots_of(self, names: Iterable[str]) -> list[int]:
+        """Where the values with these names are."""
+        return [self.slots[name] for name in names]
 
     def section(self, name: str, among: Collection[str] | None = None) -> list[Instruction]:
         """Instructions of one section, or of its nodes ``among`` some; the main one empties dead slots."""
@@ -282,22 +105,11 @@ class Compiler:
             dead = [
                 self.slots[value]
                 for value in dict.fromkeys(node.refs())
-                if name == "main" and self.last_use[value] == i and value != self.graph.output
+                if name == "main" and self.lifetimes.last_use[value] == i and value != self.graph.output
             ]
             if dead:
                 instructions.append(_emptying(dead))
         return instructions
-
-    def kept_after(self, section: str) -> list[int]:
-        """Slots written in ``section`` and read in a later one."""
-        by_name = {node.name: node for node in self.graph.nodes}
-        kept = {
-            self.slots[name]
-            for node in self.graph.nodes
-            for name in node.refs()
-            if name in by_name and by_name[name].section == section != node.section
-        }
-        return sorted(kept)
 
     def instruction(self, index: int, node: Node) -> Instruction:
         if node.op in ("int_gemm", "int_conv2d"):
@@ -321,7 +133,7 @@ class Compiler:
         """A floating-point operator, its arguments resolved as far as they are known."""
         out = self.slots[node.name]
         if node.op == "linear" and node.section != "main":
-            function = _linear_by_sample
+            function = linear_by_sample
 
         def known(value: Any) -> Any:
             if not isinstance(value, Const):
@@ -358,7 +170,7 @@ class Compiler:
         def run(values: Values, row: Row) -> None:
             scale, zero_point, bits = row.sites[column]
             if bits == 16:
-                values[out] = _placed(activate(values[read], activation), upsample, padding)
+                values[out] = placed_as(activate(values[read], activation), upsample, padding)
             else:
                 values[out] = kernel(
                     values[read], scale, zero_point, bits, activation=activation, storage=storage, **placed
@@ -398,7 +210,7 @@ class Compiler:
                 copies=quantize_inputs(values, row),
                 storage=storage,
             )
-            values[out] = _placed(result, upsample, padding) if floating else result
+            values[out] = placed_as(result, upsample, padding) if floating else result
 
         return run
 
@@ -472,7 +284,7 @@ class Compiler:
         column = self.columns[self.quantizers[node.args[0].name].kwargs["site"]]
         weight, bias = self._gemm_constants(node.kwargs["layer"], node.kwargs["bias"])
         residual = self.value(node.kwargs["residual"])
-        reuse, written = self._residual_dies(index, node.kwargs["residual"]), self._written(node)
+        reuse, written = self.lifetimes.residual_dies(index, node.kwargs["residual"]), self._written(node)
 
         def run(values: Values, row: Row) -> None:
             scale, zero_point, bits = row.sites[column]
@@ -541,7 +353,7 @@ class Compiler:
         parts = list(zip((self.slots[ref.name] for ref in node.args), weights, columns, strict=True))
         constant_bias, corrected = self.value(k["bias"])([]), self._corrected(node)
         temb, residual = self.value(k["temb"]), self.value(k["residual"])
-        reuse, written = self._residual_dies(index, k["residual"]), self._written(node)
+        reuse, written = self.lifetimes.residual_dies(index, k["residual"]), self._written(node)
 
         def run(values: Values, row: Row) -> None:
             segments = []
@@ -564,24 +376,6 @@ class Compiler:
 
         return run
 
-    def _residual_dies(self, index: int, residual: Any) -> bool:
-        """Whether the residual's memory may be overwritten: a layer's own result that nothing reads any more."""
-        if not isinstance(residual, Ref) or residual.name in self.graph.inputs:
-            return False
-        producer = self.graph.node(residual.name)
-        while producer.op in LAYOUT_OPS and producer.args[0].name not in self.graph.inputs:
-            producer = self.graph.node(producer.args[0].name)
-        fresh = producer.op in ("int_conv2d", "int_gemm") and producer.section == "main"
-        kept = self.graph.output in (producer.name, residual.name)
-        return fresh and not kept and self.alias_use[producer.name] == index
-
-
-def _linear_by_sample(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y[b] = W x[b] + bias, one b at a time: a matrix product's last bits depend on how many rows it has."""
-    if len(x) > 1 and x.device.type == "cpu" and bool((x == x[:1]).all()):  # elsewhere the host would wait for it
-        return F.linear(x[:1], weight, bias).repeat(len(x), *[1] * (x.dim() - 1))
-    return torch.cat([F.linear(row, weight, bias) for row in x.split(1)])
-
 
 def _emptying(slots: list[int]) -> Instruction:
     def run(values: Values, row: Row) -> None:
@@ -589,17 +383,3 @@ def _emptying(slots: list[int]) -> Instruction:
             values[slot] = None
 
     return run
-
-
-def _upsampled(x: Tensor, factor: int) -> Tensor:
-    """Nearest upsampling of an image tensor of any dtype, channels last."""
-    x = x.permute(0, 2, 3, 1).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    return x.permute(0, 3, 1, 2)
-
-
-def _placed(x: Tensor, upsample: int, padding: tuple[int, int, int, int]) -> Tensor:
-    """Upsampled and zero-padded floating activations, as the quantiser would have written their integers."""
-    if upsample > 1:
-        x = _upsampled(x, upsample)
-    top, bottom, left, right = padding
-    return F.pad(x, (left, right, top, bottom)) if any(padding) else x
