@@ -23,8 +23,10 @@ from .operands import (
     pack_conv2d,
     pack_gemm,
 )
+from .triton_kernels import PACKED, packed_width, packs, statistics_for
 
 __all__ = [
+    "PACKED",
     "BackendError",
     "ConvWeight",
     "GemmWeight",
@@ -40,9 +42,12 @@ __all__ = [
     "layernorm_quantize",
     "pack_conv2d",
     "pack_gemm",
+    "packed_width",
+    "packs",
     "quantize",
     "refusal",
     "resolve",
+    "statistics_for",
     "storage",
     "supports",
 ]

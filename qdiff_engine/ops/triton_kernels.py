@@ -103,6 +103,22 @@ def _check_scale(
     operands.check_quantize(x, number, zero_point, bits, upsample, padding, plain)
 
 
+def packed_width(features: int) -> int:
+    """Bytes of a row of 4-bit values that is stored `PACKED`."""
+    return _kernels("packing").packed_width(features)
+
+
+def packs(features: int, whole: bool = False) -> bool:
+    """Whether rows of ``features`` 4-bit values get shorter; ``whole``: and hold nothing else, as images must."""
+    width = packed_width(features)
+    return 2 * width == features if whole else width < features
+
+
+def statistics_for(images: int, channels: int, pixels: int, device: torch.device) -> Tensor | None:
+    """Memory for the ``statistics`` that a product writes beside its result; None where that does not pay."""
+    return _kernels("group_statistics").statistics_for(images, channels, pixels, device)
+
+
 def _stored(q: Tensor, storage: torch.dtype) -> Tensor:
     """What a kernel wrote, int8 or packed, in the storage that was asked for."""
     return q.view(PACKED) if storage == PACKED else numerics.stored(q, storage)
@@ -140,10 +156,11 @@ def groupnorm_silu_quantize(
     padding: tuple[int, int, int, int] = (0, 0, 0, 0),
     copies: Sequence[QuantizedCopy | None] = (),
     storage: torch.dtype = torch.int8,
+    statistics: Sequence[Tensor] = (),
 ) -> Tensor:
     """q = quantize(silu(group_norm(cat(x, x2) + pre_add) * (1 + norm_scale) + norm_shift)).
 
-    See `ops.groupnorm_silu_quantize`.
+    See `ops.groupnorm_silu_quantize`. ``statistics``: what the products that made x and x2 wrote, see `statistics_for`.
     """
     _check_scale(x, scale, zero_point, bits, upsample, padding, storage)
     inputs = [part for part in (x, x2) if part is not None]
@@ -154,9 +171,14 @@ def groupnorm_silu_quantize(
     q = _kernels("groupnorm_silu_quantize").groupnorm_silu_quantize(
         x, groups, weight, bias, eps, _quantization(scale, zero_point, x.device), bits, silu=silu, x2=x2,
         pre_add=pre_add, norm_scale=norm_scale, norm_shift=norm_shift, upsample=upsample, padding=padding,
-        packed=storage == PACKED,
+        packed=storage == PACKED, statistics=_joined(statistics),
     )  # fmt: skip
     return q if scale is None else _stored(q, storage)
+
+
+def _joined(statistics: Sequence[Tensor]) -> Tensor | None:
+    """Those of a skip concatenation: chunks depend on the image's size alone."""
+    return torch.cat(list(statistics), -1) if len(statistics) > 1 else next(iter(statistics), None)
 
 
 def layernorm_quantize(
@@ -192,26 +214,36 @@ def int_gemm(
     geglu: bool = False,
     output: operands.Output | None = None,
     out_dtype: torch.dtype = torch.float32,
+    storage: torch.dtype = torch.int8,
+    statistics: Tensor | None = None,
 ) -> Tensor:
-    """y[m, n] = s s_w[n] o[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n]; see `ops.int_gemm`."""
+    """y[m, n] = s s_w[n] o[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n]; see `ops.int_gemm`.
+
+    storage: of the result that ``output`` quantises, int8 or `PACKED`; statistics: from `statistics_for`, written for
+    the GroupNorm that reads the result next.
+    """
     operands.check_gemm(_as_plain(q, weight), weight, scale, zero_point, bias, residual, output_scale, half=True)
     packed = weight.prepared.get(_NAME)
     if packed is None:
         packed = weight.prepared[_NAME] = _kernels("packing").pack(weight.values, weight.scale, weight.bits)
     if output_scale is not None:
         packed = packed._replace(scale=packed.scale * output_scale)
-    return _kernels("int_gemm").int_gemm(
+    y = _kernels("int_gemm").int_gemm(
         _signed(q), packed, _quantization(scale, zero_point, q.device), bias, residual=residual, geglu=geglu,
-        **_written(output, out_dtype, q.device),
+        statistics=statistics, **_written(output, out_dtype, storage, q.device),
     )  # fmt: skip
+    return y if output is None else _stored(y, storage)
 
 
-def _written(output: operands.Output | None, out_dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def _written(
+    output: operands.Output | None, out_dtype: torch.dtype, storage: torch.dtype, device: torch.device
+) -> dict[str, Any]:
     """How a product's kernel writes its result: in ``out_dtype``, or quantised."""
     if output is None:
         return {"out_dtype": out_dtype}
     scale, zero_point, bits = output
-    return {"out_quantization": _quantization(scale, zero_point, device), "out_bits": bits}
+    quantization = _quantization(scale, zero_point, device)
+    return {"out_quantization": quantization, "out_bits": bits, "out_packed": storage == PACKED}
 
 
 def _signed(q: Tensor) -> Tensor:
@@ -231,18 +263,26 @@ def int_conv2d(
     output_scale: Tensor | None = None,
     output: operands.Output | None = None,
     out_dtype: torch.dtype = torch.float32,
+    storage: torch.dtype = torch.int8,
+    statistics: Tensor | None = None,
 ) -> Tensor:
-    """y = sum over segments of s s_w (acc - z wsum[class]) + bias + temb + residual; see `ops.int_conv2d`."""
+    """y = sum over segments of s s_w (acc - z wsum[class]) + bias + temb + residual; see `ops.int_conv2d`.
+
+    storage, statistics: as for `int_gemm`; neither `PACKED` nor statistics with groups.
+    """
     plain = [s._replace(q=_as_plain(s.q, s.weight)) for s in segments]
     operands.check_conv2d(plain, bias, temb, residual, output_scale, half=True)
+    if segments[-1].weight.groups > 1 and (storage == PACKED or statistics is not None):
+        raise ValueError(f"storage {PACKED} and statistics need groups=1, got {segments[-1].weight.groups}")
     y, terms, launches = None, _Terms(output_scale, bias, temb, residual), _launches(segments)
-    final = _written(output, out_dtype, segments[0].q.device)
+    final = _written(output, out_dtype, storage, segments[0].q.device)
+    final = final if statistics is None else {**final, "statistics": statistics}
     for i, part in enumerate(launches):
         written = final if i == len(launches) - 1 else {"out_dtype": torch.float32}
         y = _grouped(part[0], terms, written) if part[0].weight.groups > 1 else _convolve(part, terms, written)
         terms = _Terms(output_scale, residual=y)
     assert y is not None
-    return y
+    return y if output is None else _stored(y, storage)
 
 
 class _Terms(NamedTuple):

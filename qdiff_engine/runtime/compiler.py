@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from ..graph.ir import Const, Graph, Node, Ref, map_leaves
 from ..graph.operators import FACTORY_OPS, FLOAT_OPS, INTEGER_OPS
 from ..tables import Table
 from ..weights import QuantizedWeight
+from .features import features_axis
 from .float_layers import float_layer, layer_names, linear_by_sample, placed_as
 from .lifetimes import Lifetimes
 
 Values = list[Any]
+_WRITTEN_ELSEWHERE = frozenset({"quantized_copy", "group_statistics"})  # by the GroupNorm or the product they follow
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Compiler:
         for i, node in enumerate(self.graph.nodes):
             if node.section != name or (among is not None and node.name not in among):
                 continue
-            if node.op != "quantized_copy":  # a GroupNorm wrote it
+            if node.op not in _WRITTEN_ELSEWHERE:
                 instructions.append(self.instruction(i, node))
             dead = [
                 self.slots[value]
@@ -117,8 +120,8 @@ class Compiler:
             return self.float_product(node) if stays_floating else getattr(self, node.op)(index, node)
         if node.op in INTEGER_OPS:
             return getattr(self, node.op)(node)
-        if node.op == "attention":
-            return self.attention(node)
+        if node.op in ("attention", "quantized_layout"):
+            return getattr(self, node.op)(node)
         return self.floating(node, FLOAT_OPS[node.op])
 
     def value(self, argument: Any) -> Callable[[Values], Any]:
@@ -161,8 +164,24 @@ class Compiler:
 
         return run
 
+    def quantized_layout(self, node: Node) -> Instruction:
+        """A layout change of a value that in some modes is packed: of its bytes then."""
+        op, read = node.kwargs["op"], self.slots[node.args[0].name]
+        plain = self.floating(dataclasses.replace(node, op=op, kwargs={}), FLOAT_OPS[op])
+        of_bytes = dataclasses.replace(node, op=op, args=node.kwargs["of_bytes"], kwargs={})
+        packed = self.floating(of_bytes, lambda x, *args: FLOAT_OPS[op](x.view(torch.uint8), *args).view(ops.PACKED))
+
+        def run(values: Values, row: Row) -> None:
+            (packed if values[read].dtype == ops.PACKED else plain)(values, row)
+
+        return run
+
+    def storages(self, node: Node) -> dict[int, torch.dtype]:
+        """Bits -> how a value that ``node`` quantises to so many is stored."""
+        return {4: ops.PACKED if node.kwargs.get("packed") else self.storage, 8: self.storage}
+
     def quantize(self, node: Node) -> Instruction:
-        kernel, column, storage = self.kernels["quantize"], self.columns[node.kwargs["site"]], self.storage
+        kernel, column, storage = self.kernels["quantize"], self.columns[node.kwargs["site"]], self.storages(node)
         read, out, activation = self.slots[node.args[0].name], self.slots[node.name], node.kwargs["activation"]
         upsample, padding = node.kwargs["upsample"], node.kwargs["padding"]
         placed = {"upsample": upsample, "padding": padding} if len(node.shape) == 4 else {}
@@ -173,24 +192,27 @@ class Compiler:
                 values[out] = placed_as(activate(values[read], activation), upsample, padding)
             else:
                 values[out] = kernel(
-                    values[read], scale, zero_point, bits, activation=activation, storage=storage, **placed
+                    values[read], scale, zero_point, bits, activation=activation, storage=storage[bits], **placed
                 )
 
         return run
 
     def groupnorm_silu_quantize(self, node: Node) -> Instruction:
-        kernel, k, storage = self.kernels["groupnorm_silu_quantize"], node.kwargs, self.storage
+        kernel, k, storage = self.kernels["groupnorm_silu_quantize"], node.kwargs, self.storages(node)
         column, out = self.columns[k["site"]], self.slots[node.name]
         weight, bias = self.value(k["weight"])([]), self.value(k["bias"])([])
         read = self.slots[node.args[0].name]
         second = self.value(node.args[1] if len(node.args) > 1 else None)
         pre_add, scale_by, shift_by = (self.value(k[name]) for name in ("pre_add", "norm_scale", "norm_shift"))
         groups, eps, silu, upsample, padding = k["groups"], k["eps"], k["silu"], k["upsample"], k["padding"]
-        quantize_inputs = self._copies(node)
+        quantize_inputs, measured = self._copies(node), self.slots_of(ref.name for ref in k["statistics"])
 
         def run(values: Values, row: Row) -> None:
             scale, zero_point, bits = row.sites[column]
             floating = bits == 16
+            bits = 8 if floating else bits
+            statistics = [values[slot] for slot in measured]
+            known = {"statistics": statistics} if statistics and all(s is not None for s in statistics) else {}
             result = kernel(
                 values[read],
                 groups,
@@ -199,7 +221,7 @@ class Compiler:
                 eps,
                 None if floating else scale,
                 zero_point,
-                8 if floating else bits,
+                bits,
                 silu=silu,
                 x2=second(values),
                 pre_add=pre_add(values),
@@ -208,7 +230,8 @@ class Compiler:
                 upsample=1 if floating else upsample,
                 padding=(0, 0, 0, 0) if floating else padding,
                 copies=quantize_inputs(values, row),
-                storage=storage,
+                storage=storage[bits],
+                **known,
             )
             values[out] = placed_as(result, upsample, padding) if floating else result
 
@@ -241,16 +264,16 @@ class Compiler:
         return allocate
 
     def layernorm_quantize(self, node: Node) -> Instruction:
-        kernel, storage, eps = self.kernels["layernorm_quantize"], self.storage, node.kwargs["eps"]
+        kernel, storage, eps = self.kernels["layernorm_quantize"], self.storages(node), node.kwargs["eps"]
         column, out, read = self.columns[node.kwargs["site"]], self.slots[node.name], self.slots[node.args[0].name]
         weight, bias = self.value(node.kwargs["weight"])([]), self.value(node.kwargs["bias"])([])
 
         def run(values: Values, row: Row) -> None:
             scale, zero_point, bits = row.sites[column]
             if bits == 16:
-                values[out] = kernel(values[read], weight, bias, eps, None, 0, 8, storage=storage)
+                values[out] = kernel(values[read], weight, bias, eps, None, 0, 8, storage=storage[8])
             else:
-                values[out] = kernel(values[read], weight, bias, eps, scale, zero_point, bits, storage=storage)
+                values[out] = kernel(values[read], weight, bias, eps, scale, zero_point, bits, storage=storage[bits])
 
         return run
 
@@ -285,12 +308,20 @@ class Compiler:
         weight, bias = self._gemm_constants(node.kwargs["layer"], node.kwargs["bias"])
         residual = self.value(node.kwargs["residual"])
         reuse, written = self.lifetimes.residual_dies(index, node.kwargs["residual"]), self._written(node)
+        measured = self._measured(node)
 
         def run(values: Values, row: Row) -> None:
             scale, zero_point, bits = row.sites[column]
             affine = (None, None) if bits == 16 else (scale, zero_point)
             values[out] = kernel(
-                values[read], weight, *affine, bias, residual=residual(values), reuse_residual=reuse, **written(row)
+                values[read],
+                weight,
+                *affine,
+                bias,
+                residual=residual(values),
+                reuse_residual=reuse,
+                **written(row),
+                **measured(values, len(values[read])),
             )
 
         return run
@@ -322,12 +353,26 @@ class Compiler:
         if site is None:
             return lambda row: floating
         column, geglu = self.columns[site], {"geglu": True} if node.kwargs["geglu"] else {}
+        storage = self.storages(node)
 
         def written(row: Row) -> dict[str, Any]:
-            quantization = row.sites[column]
-            return floating if quantization[2] == 16 else {**geglu, "output": quantization}
+            output = row.sites[column]
+            return floating if output[2] == 16 else {**geglu, "output": output, "storage": storage[output[2]]}
 
         return written
+
+    def _measured(self, node: Node) -> Callable[[Values, int], dict[str, Any]]:
+        """Allocates what a product writes beside the result of so many images, for the GroupNorm that reads it."""
+        if node.kwargs["statistics"] is None:
+            return lambda values, images: {}
+        slot, axis = self.slots[node.kwargs["statistics"]], features_axis(node)
+        channels, pixels = node.shape[axis], prod(size for i, size in enumerate(node.shape) if i not in (0, axis))
+
+        def allocate(values: Values, images: int) -> dict[str, Any]:
+            values[slot] = ops.statistics_for(images, channels, pixels, self.device)
+            return {"statistics": values[slot]}
+
+        return allocate
 
     def _on_device(self, weight: QuantizedWeight) -> QuantizedWeight:
         if self.device.type == "cpu":
@@ -354,6 +399,7 @@ class Compiler:
         constant_bias, corrected = self.value(k["bias"])([]), self._corrected(node)
         temb, residual = self.value(k["temb"]), self.value(k["residual"])
         reuse, written = self.lifetimes.residual_dies(index, k["residual"]), self._written(node)
+        measured = self._measured(node)
 
         def run(values: Values, row: Row) -> None:
             segments = []
@@ -372,6 +418,7 @@ class Compiler:
                 reuse_residual=reuse,
                 output_scale=output_scale,
                 **written(row),
+                **measured(values, len(segments[0].q)),
             )
 
         return run

@@ -7,7 +7,8 @@ from typing import Any
 from ..graph.ir import Graph, Ref
 from ..graph.operators import LAYOUT_OPS
 
-_FRESH_OPS = frozenset({"int_gemm", "int_conv2d", "groupnorm_silu_quantize", "layernorm_quantize"})
+_NORMS = ("groupnorm_silu_quantize", "layernorm_quantize")
+_FRESH_OPS = frozenset({"int_gemm", "int_conv2d", "group_statistics", *_NORMS})
 
 
 class Lifetimes:

@@ -12,6 +12,8 @@ import copy
 from ..graph.ir import Graph, Node, Ref
 from ..graph.operators import LAYOUT_OPS
 from ..graph.rewrite import Rewriter
+from .norm_statistics import measure_for_norms
+from .packing import pack_values
 
 _PLACING = ("quantize", "groupnorm_silu_quantize")
 _PRODUCTS = ("int_gemm", "int_conv2d")
@@ -31,9 +33,12 @@ def lower_for_gpu(graph: Graph) -> Graph:
     """A copy of ``graph`` whose products quantise their own result (``site``) where a quantiser is all that reads it.
 
     With GEGLU in between, too (``geglu``). A GPU's convolution upsamples, pads and adds the time embedding by itself.
+    GroupNorms get ``statistics`` from products, and 4-bit values are ``packed``.
     """
     lowered = _prepared(graph)
     _quantizers_to_products(lowered)
+    measure_for_norms(lowered)
+    pack_values(lowered)
     return lowered
 
 
@@ -45,9 +50,9 @@ def _prepared(graph: Graph) -> Graph:
         if node.op in _PLACING:
             node.kwargs |= {"upsample": 1, "padding": (0, 0, 0, 0)}
         if node.op == "groupnorm_silu_quantize":
-            node.kwargs |= {"pre_add": None, "copies": {}}
+            node.kwargs |= {"pre_add": None, "copies": {}, "statistics": ()}
         if node.op in _PRODUCTS:
-            node.kwargs |= {"geglu": False, "site": None}
+            node.kwargs |= {"geglu": False, "site": None, "statistics": None}
     _merge_products(lowered)
     return lowered
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..graph.ir import Graph, Node, Ref, sizes
 from ..tables import Table
 from .compiler import Compiler, Row, Values
@@ -151,7 +152,9 @@ def _shape_key(compiler: Compiler, node: Node, row: Row, batch: int) -> tuple[An
     geometry = tuple(k.get(name) for name in ("stride", "padding", "dilation", "groups", "upsample"))
     written = row.sites[compiler.columns[k["site"]]][2] if k["site"] else None
     terms = tuple(k.get(name) is not None for name in ("bias", "temb", "residual"))
-    return (node.op, operands, weights, bits, geometry, written, k["geglu"], terms)
+    packed = tuple(compiler.quantizers[ref.name].kwargs.get("packed", False) for ref in node.args)
+    forms = (written, k["geglu"], k.get("packed", False), k["statistics"] is not None)
+    return (node.op, operands, weights, bits, packed, geometry, forms, terms)
 
 
 def _operand_shape(compiler: Compiler, ref: Ref, batch: int) -> tuple[int, ...]:
@@ -172,11 +175,15 @@ def _measured(compiler: Compiler, index: int, node: Node, row: Row, batch: int, 
         layer = compiler.instruction(index, node) if kind == "integer" else compiler.float_product(node)
         values: Values = [None] * len(compiler.slots)
         for ref, column in zip(node.args, _sites(compiler, node), strict=True):
-            integer = kind == "integer" and row.sites[column][2] != 16
-            values[compiler.slots[ref.name]] = _operand(compiler, _operand_shape(compiler, ref, batch), integer)
+            shape, bits = _operand_shape(compiler, ref, batch), 16 if kind == "float" else row.sites[column][2]
+            stored = compiler.dtype if bits == 16 else compiler.storages(compiler.quantizers[ref.name])[bits]
+            if stored == ops.PACKED:
+                axis = 1 if node.op == "int_conv2d" else len(shape) - 1
+                shape = (*shape[:axis], ops.packed_width(shape[axis]), *shape[axis + 1 :])
+            values[compiler.slots[ref.name]] = _operand(compiler, shape, stored)
         for name in ("temb", "residual"):
             if isinstance(term := node.kwargs.get(name), Ref):
-                values[compiler.slots[term.name]] = _operand(compiler, _shape(compiler, term, batch), False)
+                values[compiler.slots[term.name]] = _operand(compiler, _shape(compiler, term, batch), compiler.dtype)
         times.append(clock(kind, _work(layer, values, row, compiler.slots[node.name])))
     return times[0], times[1]
 
@@ -194,9 +201,9 @@ def _shape(compiler: Compiler, ref: Ref, batch: int) -> tuple[int, ...]:
     return sizes(inputs[ref.name] if ref.name in inputs else compiler.graph.node(ref.name).shape, batch)
 
 
-def _operand(compiler: Compiler, shape: tuple[int, ...], integer: bool) -> Tensor:
-    if integer:
-        value = torch.randint(0, 16, shape, dtype=torch.uint8, device=compiler.device).to(compiler.storage)
-    else:
-        value = torch.randn(shape, device=compiler.device, dtype=compiler.dtype)
-    return value.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else value
+def _operand(compiler: Compiler, shape: tuple[int, ...], stored: torch.dtype) -> Tensor:
+    order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    if stored.is_floating_point:
+        return torch.randn(shape, device=compiler.device, dtype=stored).contiguous(memory_format=order)
+    value = torch.randint(0, 16, shape, dtype=torch.uint8, device=compiler.device).contiguous(memory_format=order)
+    return value.view(stored) if stored == ops.PACKED else value.to(stored)
