@@ -40,7 +40,10 @@ KEYS = {
         "name", "shape", "precision", "median_ms", "p05_ms", "p95_ms", "tops", "gbps", "baseline", "baseline_ms",
         "speedup",
     ),
-    "tune": ("name", "shape", "precision", "arch", "m", "n", "k", "k_multiple", "count", "tile", "splits", "median_ms"),
+    "tune": (
+        "name", "shape", "precision", "arch", "m", "n", "k", "k_multiple", "count", "tile", "splits", "descriptors",
+        "median_ms",
+    ),
 }  # fmt: skip
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "i8mm")
 

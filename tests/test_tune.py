@@ -13,11 +13,14 @@ import torch
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from qdiff_kernels import tiles
-from qdiff_kernels.tiles import MULTIPROCESSORS, SHARED_MEMORY, TILES, Launch, Tile
+from qdiff_kernels.tiles import DESCRIPTOR_TILES, MULTIPROCESSORS, SHARED_MEMORY, TILES, Launch, Tile
 
 from benchmarks import results_file, shapes, tune, tune_kernels
 
 BIG, MIDDLE, SMALL = Tile(128, 256, 128, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)
+
+
+FASTER = {MIDDLE: 0.25}  # with descriptors
 
 
 def fake(speed: dict[Tile, float]) -> tune.Timer:
@@ -25,11 +28,12 @@ def fake(speed: dict[Tile, float]) -> tune.Timer:
 
     def timer(shape: Any, precision: str, options: Sequence[Launch]) -> dict[Launch, float]:
         times = {}
-        for tile, splits, _ in options:
+        for tile, splits, descriptors in options:
             if tile in speed:
                 programs = -(-shape.m // tile.block_m) * -(-tune.columns(shape) // tile.block_n) * splits
                 work = tile.block_m * tile.block_n * shape.k / splits
-                times[Launch(tile, splits)] = -(-programs // 132) * work * speed[tile] * 1e-9
+                rate = speed[tile] * (FASTER.get(tile, 1.0) if descriptors else 1.0)
+                times[Launch(tile, splits, descriptors)] = -(-programs // 132) * work * rate * 1e-9
         return times
 
     return timer
@@ -49,7 +53,8 @@ def test_candidates_fit_their_architecture(arch: int) -> None:
     for shape, multiple in tune.products():
         m, n, k = shape.m, tune.columns(shape), shape.k
         options = tune.launches(arch, m, n, k, MULTIPROCESSORS[arch], multiple)
-        assert options and len(options) == len(set(options)) < 400
+        assert options and len(options) == len(set(options)) < 800
+        assert {option.descriptors for option in options} == {False, arch in DESCRIPTOR_TILES}
         for tile, splits, _ in options:
             assert multiple % tile.block_k == 0 and (splits == 1 or k // tile.block_k >= 4 * splits)
 
@@ -70,9 +75,22 @@ def test_the_entry_is_the_best_under_the_tables_own_rule() -> None:
     assert BIG in chosen and len(chosen) >= 2
     sizes = [tile.block_m * tile.block_n for tile in chosen]
     assert sizes == sorted(sizes, reverse=True)
-    assert best <= total < tune._total(tune._by_shape(rows, 90), 90, (SMALL,))
+    assert best <= total < tune._total(tune._by_shape(rows, 90, False), 90, (SMALL,), False)
     with pytest.raises(ValueError, match="architecture 80"):
         tune.entry(rows, 80)
+
+
+def test_each_table_has_its_own_entry(capsys: pytest.CaptureFixture[str]) -> None:
+    """What descriptors make quick says nothing about pointers, and the other way round."""
+    before = dict(tiles.DESCRIPTOR_TILES)
+    rows = rows_of({BIG: 1.0, MIDDLE: 2.0, SMALL: 2.2})
+    pointers, described = (tune.entry(rows, 90, descriptors) for descriptors in (False, True))
+    assert described[0][0] == MIDDLE and pointers[0][0] == BIG and described[1] < pointers[1]
+    assert before == tiles.DESCRIPTOR_TILES, "the search leaves the table as it was"
+    assert tune.report(rows, 90) == {"TILES": pointers[0], "DESCRIPTOR_TILES": described[0]}
+    assert "DESCRIPTOR_TILES\n    90: (Tile(" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="architecture 90 and of DESCRIPTOR_TILES"):
+        tune.entry([row for row in rows if not row["descriptors"]], 90, True)
 
 
 def test_a_tile_that_is_slow_everywhere_is_not_taken() -> None:
@@ -86,6 +104,10 @@ def test_the_table_is_rewritten_and_nothing_else(tmp_path: Path, capsys: pytest.
     spaces: dict[str, Any] = {"__name__": "tiles_again"}
     exec(compile(changed, "tiles.py", "exec"), spaces)
     assert [tuple(t) for t in spaces["TILES"][90]] == [tuple(BIG), tuple(SMALL)]
+    assert spaces["DESCRIPTOR_TILES"].keys() == DESCRIPTOR_TILES.keys()
+    exec(compile(tune.rewritten(source, 90, (SMALL,), "DESCRIPTOR_TILES"), "tiles.py", "exec"), again := dict(spaces))
+    assert [tuple(t) for t in again["DESCRIPTOR_TILES"][90]] == [tuple(SMALL)]
+    assert [tuple(t) for t in again["TILES"][90]] == [tuple(t) for t in TILES[90]]
     same = {arch: [tuple(t) for t in entry] for arch, entry in spaces["TILES"].items() if arch != 90}
     assert same == {arch: [tuple(t) for t in entry] for arch, entry in TILES.items() if arch != 90}
     untouched = [line for line in source.splitlines() if line in changed.splitlines()]
@@ -102,16 +124,27 @@ def test_the_table_is_rewritten_and_nothing_else(tmp_path: Path, capsys: pytest.
     assert tune.main(["--emit", str(results), "--write", "--table", str(table)]) == 0
     assert "90: (Tile(" in capsys.readouterr().out and table.read_text() != source
     assert tiles.TILES[90] == TILES[90]
+    written: dict[str, Any] = {"__name__": "tiles_written"}
+    exec(compile(table.read_text(), "tiles.py", "exec"), written)
+    assert [written[name][90] != getattr(tiles, name)[90] for name in tune.TABLES.values()] == [True, True]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the tuner itself compares launches")
-@pytest.mark.parametrize("shape", [shapes.Gemm("t", 1, 40, 33, 130), shapes.Conv("t", 1, 1, 64, 8, 5)])
+@pytest.mark.parametrize(
+    "shape, descriptors",
+    [
+        (shapes.Gemm("t", 1, 40, 33, 130), False),
+        (shapes.Gemm("t", 1, 40, 33, 128), True),
+        (shapes.Conv("t", 1, 1, 64, 8, 5), False),
+        (shapes.Conv("t", 1, 1, 64, 24, 5), True),
+    ],
+)
 def test_launches_are_compared_before_they_are_timed(
-    shape: shapes.Gemm | shapes.Conv, monkeypatch: pytest.MonkeyPatch
+    shape: shapes.Gemm | shapes.Conv, descriptors: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tune_kernels, "set_count", lambda *_: 2)
     monkeypatch.setattr(tune_kernels, "times", lambda contestants, *_: ({"it": {"median": 1.0}}, {}))
-    options = [Launch(Tile(32, 32, 64, 4, 1), 1), Launch(Tile(16, 32, 64, 4, 1), 2)]
+    options = [Launch(Tile(32, 32, 64, 4, 1), 1, descriptors), Launch(Tile(16, 32, 64, 4, 1), 2, descriptors)]
     assert tune_kernels.times_of(shape, "w4a8", options, torch.device("cpu"), 1) == dict.fromkeys(options, 1.0)
     real = tune_kernels.runner
 

@@ -31,8 +31,12 @@ def matrix_instruction(arch: int, floating: bool) -> str:
     return r"mma\.sync.*f32\.f16\.f16\.f32" if floating else r"mma\.sync.*m16n8k32.*s8\.s8"
 
 
-def _types(types: dict[str, str], bits: int, x_bits: int, floating: bool, splits: int, chunk: int) -> dict[str, str]:
+def _types(
+    types: dict[str, str], bits: int, x_bits: int, floating: bool, splits: int, chunk: int, packed_out: bool = False
+) -> dict[str, str]:
     types = dict(types)
+    if packed_out:
+        types |= {"out": "*u8", "out_quantization": "*fp32"}
     if bits == 4:
         types["weight"] = "*u8"
     if x_bits == 4:
@@ -47,20 +51,24 @@ def _types(types: dict[str, str], bits: int, x_bits: int, floating: bool, splits
     return types
 
 
-def _blocks(tile: Tile, bits: int, x_bits: int, splits: int, chunk: int) -> dict[str, int | bool]:
+def _blocks(
+    tile: Tile, bits: int, x_bits: int, splits: int, chunk: int, packed_out: bool = False
+) -> dict[str, int | bool]:
+    out_bits = 4 if packed_out else x_bits
     return {
-        "BITS": bits, "X_BITS": x_bits, "OUT_BITS": x_bits, "OUT_PACKED": x_bits == 4, "SPLITS": splits, "CHUNK": chunk,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": 8, "ASM": True,
+        "BITS": bits, "X_BITS": x_bits, "OUT_BITS": out_bits, "OUT_PACKED": out_bits == 4, "SPLITS": splits,
+        "CHUNK": chunk, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": 8,
+        "ASM": True,
     }  # fmt: skip
 
 
 def gemm(
     name: str, arch: int, tile: Tile, bits: int = 8, x_bits: int = 8, floating: bool = False, geglu: bool = False,
     splits: int = 1, descriptors: bool = False, wide: bool = False,
-    chunk: int = 0,
+    chunk: int = 0, packed_out: bool = False,
 ) -> Variant:  # fmt: skip
     """A launch of `int_gemm`; with GEGLU its result is quantised, as the next product wants it."""
-    types = _types({**_MATRICES, "K": "i32", "stride_xm": "i32"}, bits, x_bits, floating, splits, chunk)
+    types = _types({**_MATRICES, "K": "i32", "stride_xm": "i32"}, bits, x_bits, floating, splits, chunk, packed_out)
     if geglu:
         del types["residual"]
         types |= {"out": "*i8" if x_bits == 8 else "*u8", "out_quantization": "*fp32"}
@@ -69,7 +77,7 @@ def gemm(
         for argument, rows, width in (("x", tile.block_m, x_bits), ("weight", tile.block_n, bits)):
             types[argument] = f"tensordesc<{types[argument][1:]}[{rows},{tile.block_k * width // 8}]>"
     constants = {
-        **_blocks(tile, bits, x_bits, splits, chunk),
+        **_blocks(tile, bits, x_bits, splits, chunk, packed_out),
         "GEGLU": geglu,
         "EVEN_K": True,
         "DESCRIPTORS": descriptors,
@@ -85,15 +93,17 @@ def gemm(
 def conv(
     name: str, arch: int, tile: Tile, bits: int = 8, x_bits: int = 8, floating: bool = False, kernel: int = 3,
     two: bool = False, splits: int = 1, aligned: bool = True, upsample: int = 1, wide: bool = False, chunk: int = 0,
+    packed_out: bool = False,
 ) -> Variant:  # fmt: skip
     """A launch of `int_conv2d`, padded: with border classes."""
-    types = _types({**_MATRICES, **_PIXELS, "class_index": "*i32"}, bits, x_bits, floating, splits, chunk)
+    everything = {**_MATRICES, **_PIXELS, "class_index": "*i32"}
+    types = _types(everything, bits, x_bits, floating, splits, chunk, packed_out)
     if two:
         types |= {f"{argument}2": types[argument] for argument in _BOTH_SEGMENTS if argument in types}
         tile = paired(tile)
     constants = {
-        **_blocks(tile, bits, x_bits, splits, chunk), "R": kernel, "S": kernel, "UPSAMPLE": upsample, "BITS2": bits,
-        "X_BITS2": x_bits, "WIDE": wide, "ALIGNED": aligned, "ALIGNED2": aligned,
+        **_blocks(tile, bits, x_bits, splits, chunk, packed_out), "R": kernel, "S": kernel, "UPSAMPLE": upsample,
+        "BITS2": bits, "X_BITS2": x_bits, "WIDE": wide, "ALIGNED": aligned, "ALIGNED2": aligned,
     }  # fmt: skip
     divisible = ("N", "C", "C2", "K_PADDED", "K_PADDED2") if aligned else ("N", "K_PADDED")
     return Variant(
@@ -108,11 +118,9 @@ def box(
     shape: Box | None = None, chunk: int = 0,
 ) -> Variant:  # fmt: skip
     """A launch of `int_conv2d` that reads its padded image through a descriptor."""
-    types = _types({**_MATRICES, "class_index": "*i32"}, bits, x_bits, False, splits, chunk)
+    types = _types({**_MATRICES, "class_index": "*i32"}, bits, x_bits, False, splits, chunk, x_bits == 4 and not chunk)
     types |= dict.fromkeys(("images", "C", "out_h", "out_w", "pad_top", "pad_left", "dilation_h", "dilation_w"), "i32")
     shape = shape or box_of(tile.block_m, 2, 64, 64)
-    if x_bits == 4:
-        types |= {"out": "*u8", "out_quantization": "*fp32"}
     for argument, block, width in (("x", shape, x_bits), ("weight", (tile.block_n,), bits)):
         sizes = ",".join(map(str, (*block, tile.block_k * width // 8)))
         types[argument] = f"tensordesc<{types[argument][1:]}[{sizes}]>"
@@ -150,18 +158,25 @@ def products() -> Iterator[Variant]:
             yield product("w4a4-packed", arch, tile, bits=4, x_bits=4)
             yield product("w8a4-packed", arch, tile, x_bits=4)
             yield product("w4a8-statistics", arch, _largest(tiles), bits=4, chunk=64)
+            yield product("w4a4-statistics", arch, _largest(tiles), bits=4, x_bits=4, chunk=64)
+            yield product("w4a4-packs", arch, tile, bits=4, x_bits=4, packed_out=True)
         if descriptor:
             tile = _largest(descriptor)
             yield gemm("w4a4-descriptors", arch, tile, bits=4, x_bits=4, descriptors=True)
+            yield gemm("w4a4-descriptors-packs", arch, tile, bits=4, x_bits=4, descriptors=True, packed_out=True)
+            yield gemm("w4a8-descriptors-statistics", arch, tile, bits=4, descriptors=True, chunk=64)
             yield gemm("geglu-descriptors", arch, tile, geglu=True, descriptors=True)
             yield gemm("split-descriptors", arch, tile, splits=4, descriptors=True)
             yield box("w4a4", arch, tile, bits=4, x_bits=4)
             yield box("w4a8-statistics", arch, tile, bits=4, chunk=64)
+            yield box("w4a4-statistics", arch, tile, bits=4, x_bits=4, chunk=64)
             yield box("64-channels", arch, tile._replace(block_k=64))
             yield box("small-images", arch, tile, shape=box_of(tile.block_m, 64, 4, 4))
             yield box("split", arch, tile, splits=4)
         tile = tiles[0]
         yield conv("two-segments-statistics", arch, tile, kernel=1, two=True, chunk=64)
+        yield conv("w8a16-statistics", arch, tile, floating=True, chunk=64)
+        yield conv("w8a16-packs", arch, tile, floating=True, packed_out=True)
         yield gemm("wide", arch, tile, wide=True)
         yield conv("wide", arch, tile, wide=True)
         yield gemm("w8a16", arch, tile, floating=True)
