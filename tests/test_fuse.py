@@ -52,6 +52,15 @@ def image(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(x.shape[0], -1, SIZE, SIZE)
 
 
+def permuted_tokens(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], SIZE * SIZE, -1)
+
+
+def permuted_image(x: Tensor) -> Tensor:
+    """As Stable Diffusion XL's linear projections come back."""
+    return x.reshape(x.shape[0], SIZE, SIZE, -1).permute(0, 3, 1, 2)
+
+
 def fused(net: Net) -> tuple[Graph, Calibration]:
     """The net's fused graph, after proving that it and the integers on it compute what the net computes."""
     networks.randomised(net)
@@ -215,9 +224,10 @@ def test_residual_joins_the_convolution(swapped: bool) -> None:
     assert layer(graph, "conv").kwargs["residual"] and "add" not in operators(graph)
 
 
-def test_residual_crosses_layout_changes() -> None:
+@pytest.mark.parametrize("there, back", [(tokens, image), (tokens, permuted_image), (permuted_tokens, image)])
+def test_residual_crosses_layout_changes(there: Callable[..., Tensor], back: Callable[..., Tensor]) -> None:
     """x + image(linear(tokens(x))): the residual takes the inverse way."""
-    graph, _ = fused(Net(lambda n, h, t: h + image(n.linear(tokens(h)))))
+    graph, _ = fused(Net(lambda n, h, t: h + back(n.linear(there(h)))))
     assert layer(graph, "linear").kwargs["residual"] and "add" not in operators(graph)
 
 

@@ -17,6 +17,7 @@ from qdiff_engine import ops
 from qdiff_engine.graph.ir import Graph
 from qdiff_engine.quantization import quantize
 from qdiff_engine.runtime import lowering
+from qdiff_engine.runtime.norm_statistics import measure_for_norms
 from qdiff_engine.runtime.program import Program
 
 CPU = torch.device("cpu")
@@ -76,9 +77,10 @@ def quantised(name: str, recipe: str) -> qe.IntegerUNet:
 
 
 def nothing_joined(graph: Graph) -> Graph:
-    """Merged products, and quantisers that enlarge the image themselves."""
+    """Merged products, quantisers that enlarge the image themselves, and the norms' statistics as ever."""
     lowered = lowering._prepared(graph)
     lowering._placement_to_quantizers(lowered)
+    measure_for_norms(lowered)
     return lowered
 
 

@@ -286,7 +286,7 @@ def _layout_chain(rewriter: Rewriter, value: Ref, user: Node) -> tuple[Node, lis
         if node.op in ("int_conv2d", "int_gemm"):
             # a layer of the prompt runs before the latents are known, and adds nothing made from them
             return (node, layouts[::-1]) if node.section == "main" else None
-        if node.op not in ("transpose", "view", "reshape"):
+        if node.op not in ("transpose", "permute", "view", "reshape"):
             return None
         layouts.append(node)
         user, node = node, rewriter.producer(node.args[0])
@@ -299,5 +299,9 @@ def _inverse_layout(rewriter: Rewriter, layout: Node, value: Ref) -> Node:
     target = rewriter.shape(layout.args[0])
     if layout.op == "transpose":
         return Node(name, "transpose", (value, *layout.args[1:3]), {}, target, layout.section)
+    if layout.op == "permute":
+        came_from = [axis % len(target) for axis in layout.args[1]]
+        back = tuple(came_from.index(axis) for axis in range(len(target)))
+        return Node(name, "permute", (value, back), {}, target, layout.section)
     sizes = tuple(-1 if isinstance(d, str) else d for d in target)
     return Node(name, "reshape", (value, sizes), {}, target, layout.section)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import EPILOGUES, BackendError, backends, chosen, find, refusal, resolve, storage, supports
+from .gpu_values import PACKED, packed_width, packs, statistics_for
 from .operands import (
     ConvWeight,
     GemmWeight,
@@ -23,7 +24,6 @@ from .operands import (
     pack_conv2d,
     pack_gemm,
 )
-from .triton_kernels import PACKED, packed_width, packs, statistics_for
 
 __all__ = [
     "PACKED",

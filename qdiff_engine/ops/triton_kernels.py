@@ -3,8 +3,7 @@
 A quantisation (s, z) may be two Python numbers, or, in place of the scale, the float32 [3] tensor (s, 1 / s, z) on the
 device that the kernels read: a captured CUDA graph then follows whatever row of the table was copied there.
 
-Beside int8 and uint8, 4-bit activations have a third storage here, `PACKED`: two values to a byte, which halves what
-moves between kernels. Such a tensor has that dtype, bytes in the features' place, and only these operators read it.
+Beside int8 and uint8, 4-bit activations have a third storage here: `gpu_values.PACKED`.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from .. import numerics
 from . import operands
+from .gpu_values import PACKED, packed_width
 from .operands import ConvWeight, GemmWeight, QuantizedCopy, Segment, recent
 
 _NAME = "triton"
-PACKED = torch.int4  # type: ignore[attr-defined]  # missing from its stubs
 OLDEST = (8, 0)  # compute capability: asynchronous copies, and int8 matrix instructions of this form
 
 
@@ -103,22 +102,6 @@ def _check_scale(
     operands.check_quantize(x, number, zero_point, bits, upsample, padding, plain)
 
 
-def packed_width(features: int) -> int:
-    """Bytes of a row of 4-bit values that is stored `PACKED`."""
-    return _kernels("packing").packed_width(features)
-
-
-def packs(features: int, whole: bool = False) -> bool:
-    """Whether rows of ``features`` 4-bit values get shorter; ``whole``: and hold nothing else, as images must."""
-    width = packed_width(features)
-    return 2 * width == features if whole else width < features
-
-
-def statistics_for(images: int, channels: int, pixels: int, device: torch.device) -> Tensor | None:
-    """Memory for the ``statistics`` that a product writes beside its result; None where that does not pay."""
-    return _kernels("group_statistics").statistics_for(images, channels, pixels, device)
-
-
 def _stored(q: Tensor, storage: torch.dtype) -> Tensor:
     """What a kernel wrote, int8 or packed, in the storage that was asked for."""
     return q.view(PACKED) if storage == PACKED else numerics.stored(q, storage)
@@ -129,7 +112,7 @@ def _as_plain(q: Tensor, weight: GemmWeight | ConvWeight) -> Tensor:
     if not isinstance(q, Tensor) or q.dtype != PACKED or not isinstance(weight, GemmWeight | ConvWeight):
         return q
     k = weight.values.shape[1] * (weight.groups if isinstance(weight, ConvWeight) else 1)
-    packed_width, axis = _kernels("packing").packed_width, 1 if q.dim() == 4 else -1
+    axis = 1 if q.dim() == 4 else -1
     if not q.dim() or q.shape[axis] != packed_width(k):
         raise ValueError(f"q must hold {k} features in {packed_width(k)} bytes, got {list(q.shape)}")
     shape = list(q.shape)
@@ -160,7 +143,7 @@ def groupnorm_silu_quantize(
 ) -> Tensor:
     """q = quantize(silu(group_norm(cat(x, x2) + pre_add) * (1 + norm_scale) + norm_shift)).
 
-    See `ops.groupnorm_silu_quantize`. ``statistics``: what the products that made x and x2 wrote, see `statistics_for`.
+    See `ops.groupnorm_silu_quantize`. ``statistics``: what the products that made x and x2 wrote, see `ops.statistics_for`.
     """
     _check_scale(x, scale, zero_point, bits, upsample, padding, storage)
     inputs = [part for part in (x, x2) if part is not None]
@@ -219,7 +202,7 @@ def int_gemm(
 ) -> Tensor:
     """y[m, n] = s s_w[n] o[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n]; see `ops.int_gemm`.
 
-    storage: of the result that ``output`` quantises, int8 or `PACKED`; statistics: from `statistics_for`, written for
+    storage: of the result that ``output`` quantises, int8 or `PACKED`; statistics: from `ops.statistics_for`, written for
     the GroupNorm that reads the result next.
     """
     operands.check_gemm(_as_plain(q, weight), weight, scale, zero_point, bias, residual, output_scale, half=True)
