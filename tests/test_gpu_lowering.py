@@ -20,11 +20,12 @@ from qdiff_kernels.packing import unpack_rows
 
 import qdiff_engine as qe
 from qdiff_engine import ops, reference
-from qdiff_engine.graph.ir import Graph, Node, sizes
+from qdiff_engine.graph.ir import Graph, Node, Ref, sizes
 from qdiff_engine.quantization import quantize
 from qdiff_engine.runtime.compiler import Compiler, Instruction, Row, Values
 from qdiff_engine.runtime.features import features_axis
 from qdiff_engine.runtime.lowering import lower_for_cpu, lower_for_gpu
+from qdiff_engine.runtime.packing import pack_values
 from qdiff_engine.runtime.program import Program
 from qdiff_engine.runtime.replay import ReplayedProgram, device_rows
 from qdiff_engine.runtime.tuning import PRODUCTS, measure, retabled
@@ -130,6 +131,59 @@ def test_what_is_packed() -> None:
     sites = {node.kwargs["site"] for node in graph.nodes if node.kwargs.get("site")}
     assert sites - set(packed_sites(lower_for_gpu(graph))) == {"enter", "grouped", "thin", "leave"}
     assert not packed_sites(lower_for_cpu(graph))
+
+
+def quantised_for(
+    shape: tuple[Any, ...], *layouts: tuple[Any, ...], section: str = "main", layer: str = "int_gemm", more: str = ""
+) -> Graph:
+    """quantize -> layout changes (operator, arguments, shape) -> a layer; ``more`` reads what is quantised as well."""
+    graph = Graph({"x": shape}, [Node("q", "quantize", (Ref("x"),), {"site": "s", "activation": "none"}, shape)], "y")
+    for i, (op, arguments, after) in enumerate(layouts):
+        graph.nodes.append(Node(f"layout{i}", op, (Ref(graph.nodes[-1].name), *arguments), {}, after))
+    last = graph.nodes[-1]
+    graph.nodes.append(Node("y", layer, (Ref(last.name),), {"site": None, "groups": 1}, last.shape))
+    if more:
+        graph.nodes.append(Node("more", more, (Ref("q"),), {}, shape))
+    for node in graph.nodes:
+        node.section = section
+    return graph
+
+
+ROWS, IMAGE = ("B", 16, 64), ("B", 64, 4, 4)
+LINES = ("reshape", ([-1, 16, 64],), ROWS)
+
+
+@pytest.mark.parametrize(
+    "graph, packed",
+    [
+        (quantised_for(ROWS), True),
+        (quantised_for(ROWS, section="prompt"), False),
+        (quantised_for(ROWS, more="relu"), False),
+        (quantised_for(("B", 16, 33)), True),
+        (quantised_for(("B", 16, 31)), False),
+        (quantised_for(("B", 4, 4, 64)), False),
+        (quantised_for(IMAGE, layer="int_conv2d"), True),
+        (quantised_for(("B", 96, 4, 4), layer="int_conv2d"), False),
+        (quantised_for(IMAGE, ("permute", ([0, 2, 3, 1],), ("B", 4, 4, 64)), LINES), True),
+        (quantised_for(IMAGE, ("reshape", ([-1, 64, 16],), ("B", 64, 16)), ("transpose", (1, 2), ROWS)), True),
+        (quantised_for(IMAGE, ("flatten", (1,), ("B", 1024))), False),
+        (quantised_for(ROWS, ("view", ([-1, 16, 4, 16],), ("B", 16, 4, 16))), False),
+        (quantised_for(ROWS, ("transpose", (1, 2), ("B", 64, 16))), False),
+    ],
+)
+def test_what_can_be_packed(graph: Graph, packed: bool) -> None:
+    """Features that stay whole and where the layer looks for them, of the latents, if that takes fewer bytes."""
+    pack_values(graph)
+    assert graph.nodes[0].kwargs["packed"] is packed
+    layouts = [node for node in graph.nodes if node.name.startswith("layout")]
+    assert all((node.op == "quantized_layout") is packed for node in layouts)
+
+
+def test_layout_changes_count_the_bytes_of_packed_features() -> None:
+    graph = quantised_for(IMAGE, ("permute", ([0, 2, 3, 1],), ("B", 4, 4, 64)), LINES)
+    pack_values(graph)
+    assert [node.kwargs["of_bytes"][1:] for node in graph.nodes[1:3]] == [([0, 2, 3, 1],), ((-1, 16, 32),)]
+    assert [node.kwargs["op"] for node in graph.nodes[1:3]] == ["permute", "reshape"]
 
 
 def test_packed_values_are_half_as_large_in_the_rows_that_have_four_bits() -> None:

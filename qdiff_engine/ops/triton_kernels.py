@@ -143,7 +143,7 @@ def groupnorm_silu_quantize(
 ) -> Tensor:
     """q = quantize(silu(group_norm(cat(x, x2) + pre_add) * (1 + norm_scale) + norm_shift)).
 
-    See `ops.groupnorm_silu_quantize`. ``statistics``: what the products that made x and x2 wrote, see `ops.statistics_for`.
+    See `ops.groupnorm_silu_quantize`. ``statistics``: what the products that made x and x2 wrote.
     """
     _check_scale(x, scale, zero_point, bits, upsample, padding, storage)
     inputs = [part for part in (x, x2) if part is not None]
@@ -202,8 +202,8 @@ def int_gemm(
 ) -> Tensor:
     """y[m, n] = s s_w[n] o[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n]; see `ops.int_gemm`.
 
-    storage: of the result that ``output`` quantises, int8 or `PACKED`; statistics: from `ops.statistics_for`, written for
-    the GroupNorm that reads the result next.
+    storage: of the result that ``output`` quantises, int8 or `PACKED`.
+    statistics: from `ops.statistics_for`, written for the GroupNorm that reads the result next.
     """
     operands.check_gemm(_as_plain(q, weight), weight, scale, zero_point, bias, residual, output_scale, half=True)
     packed = weight.prepared.get(_NAME)

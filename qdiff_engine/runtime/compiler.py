@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import ops
 from ..graph.interpret import activate
-from ..graph.ir import Const, Graph, Node, Ref, map_leaves
+from ..graph.ir import Const, Graph, Node, Ref, map_leaves, sizes
 from ..graph.operators import FACTORY_OPS, FLOAT_OPS, INTEGER_OPS
 from ..tables import Table
 from ..weights import QuantizedWeight
@@ -365,8 +365,9 @@ class Compiler:
         """Allocates what a product writes beside the result of so many images, for the GroupNorm that reads it."""
         if node.kwargs["statistics"] is None:
             return lambda values, images: {}
-        slot, axis = self.slots[node.kwargs["statistics"]], features_axis(node)
-        channels, pixels = node.shape[axis], prod(size for i, size in enumerate(node.shape) if i not in (0, axis))
+        slot, shape = self.slots[node.kwargs["statistics"]], sizes(node.shape, 1)
+        channels = shape[features_axis(node)]
+        pixels = prod(shape) // channels
 
         def allocate(values: Values, images: int) -> dict[str, Any]:
             values[slot] = ops.statistics_for(images, channels, pixels, self.device)

@@ -76,7 +76,7 @@ def _of_bytes(layout: Node, axis: int) -> tuple[Any, ...]:
     if layout.op not in _RESHAPING:
         return layout.args
     nested = isinstance(layout.args[1], tuple | list)
-    shape = list(layout.args[1] if nested else layout.args[1:])
-    if shape[axis] == layout.shape[axis]:
-        shape[axis] = ops.packed_width(layout.shape[axis])
+    shape, features = list(layout.args[1] if nested else layout.args[1:]), layout.shape[axis]
+    if isinstance(features, int) and shape[axis] == features:  # it may be -1, too
+        shape[axis] = ops.packed_width(features)
     return (layout.args[0], tuple(shape)) if nested else (layout.args[0], *shape)
