@@ -34,8 +34,19 @@ def _node_ms(model: IntegerUNet, node: Node, batch: int, ceilings: Ceilings) -> 
         return ceilings.bound_ms(products, _HALF * values, "fp16")
     if node.op in ("groupnorm_silu_quantize", "layernorm_quantize"):
         read = sum(_count(_shape(model, a), batch) for a in node.args if isinstance(a, Ref))
-        return ceilings.bound_ms(0.0, _HALF * read + _count(node.shape, batch), "a8")
+        written = _bytes(_bits(model, node)) * _count(node.shape, batch)
+        return ceilings.bound_ms(0.0, _HALF * read + written, "a8")
     return 0.0
+
+
+def _bits(model: IntegerUNet, quantizer: Node) -> int:
+    """Of what a quantiser writes, in the table's first row."""
+    return int(model.table.bits[0, model.table.sites.index(quantizer.kwargs["site"])])
+
+
+def _bytes(bits: int) -> float:
+    """Of a value between layers: 4-bit ones are packed where they can be."""
+    return _HALF if bits == 16 else bits / 8
 
 
 def _shape(model: IntegerUNet, ref: Ref) -> tuple:
@@ -48,10 +59,10 @@ def _layer_ms(model: IntegerUNet, node: Node, batch: int, ceilings: Ceilings) ->
     outputs, sources = _count(node.shape, batch), model.graph.quantizer_of()
     integer, floating, moved = 0.0, 0.0, _HALF * outputs
     for ref, weight in zip(node.args, model.weights[node.kwargs["layer"]], strict=True):
-        bits = int(model.table.bits[0, model.table.sites.index(sources[ref.name].kwargs["site"])])
+        bits = _bits(model, sources[ref.name])
         products = 2.0 * outputs * weight.values[0].numel()
         integer, floating = (integer, floating + products) if bits == 16 else (integer + products, floating)
         moved += weight.values.numel() * weight.bits / 8
-        moved += _count(_shape(model, ref), batch) * (_HALF if bits == 16 else 1.0)
+        moved += _count(_shape(model, ref), batch) * _bytes(bits)
     compute = integer / ceilings.int8_tops / 1e9 + floating / ceilings.fp16_tops / 1e9
     return max(compute, moved / ceilings.copy_gbps / 1e6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,11 @@ def test_bounds_by_hand() -> None:
     assert bounds.forward_bound_ms(model, 3, LIMITS) == pytest.approx((2 * outputs + inputs + weights) / 1e6)
     slow = LIMITS._replace(int8_tops=1e-6)
     assert bounds.forward_bound_ms(model, 3, slow) == pytest.approx(2 * outputs * 36 / 1e-6 / 1e9)
+    for bits, size in ((4, 0.5), (16, 2)):
+        changed = {"bits": torch.full_like(model.table.bits, bits), "zero_point": model.table.zero_point.clamp(-8, 7)}
+        other = model.with_table(dataclasses.replace(model.table, **changed))
+        expected = (2 * outputs + size * inputs + weights) / 1e6
+        assert bounds.forward_bound_ms(other, 3, LIMITS) == pytest.approx(expected)
 
 
 def test_sections_are_named_once() -> None:
