@@ -1,5 +1,5 @@
 // groupnorm_silu_quantize: y = (x + pre_add - mean_g) / sqrt(var_g + eps) * weight + bias, y (1 + scale) + shift,
-// SiLU, then q = quantise(y); x may come in two channel segments, and the output may be upsampled and padded. On the way
+// SiLU, then q = quantise(y), with a factor per channel where equalised; x may come in two channel segments, and the output may be upsampled and padded. On the way
 // x itself may be quantised too, for a shortcut that reads it beside the norm.
 #include <cmath>
 #include <vector>
@@ -78,6 +78,26 @@ struct StoreInteger {
     QDIFF_INLINE void next_pixel() { out += stride; }
 };
 
+// The same two with a factor per channel, which an equalised network's weights make good.
+struct StoreScaledFloat {
+    float* QDIFF_RESTRICT out;
+    int64_t stride;
+    const float* QDIFF_RESTRICT channel_inverse;
+    QDIFF_INLINE void operator()(int64_t c, float y) const { out[c] = y * channel_inverse[c]; }
+    QDIFF_INLINE void next_pixel() { out += stride; }
+};
+
+struct StoreScaledInteger {
+    uint8_t* QDIFF_RESTRICT out;
+    int64_t stride;
+    Quantizer quantizer;
+    const float* QDIFF_RESTRICT channel_inverse;
+    QDIFF_INLINE void operator()(int64_t c, float y) const {
+        out[c] = quantize_value(y, quantizer.inverse * channel_inverse[c], quantizer);
+    }
+    QDIFF_INLINE void next_pixel() { out += stride; }
+};
+
 #ifdef QDIFF_HAS_AVX512
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma")
@@ -106,9 +126,9 @@ QDIFF_INLINE void silu_lanes(__m512 x[count]) {
 }
 
 // `count` vectors of one pixel's channels: normalise, SiLU, and store floats or, with a quantizer, integers.
-template <int count>
+template <int count, bool equalised>
 QDIFF_INLINE void normalize_lanes(const float* x, const Coefficients& at, bool silu, __mmask16 lanes, char* to,
-                                  const Quantizer* quantizer) {
+                                  const Quantizer* quantizer, const float* channel_inverse) {
     __m512 y[count];
     for (int i = 0; i < count; ++i) {
         const __m512 shifted = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, x + 16 * i),
@@ -118,11 +138,13 @@ QDIFF_INLINE void normalize_lanes(const float* x, const Coefficients& at, bool s
     }
     if (silu) silu_lanes<count>(y);
     for (int i = 0; i < count; ++i) {
+        __m512 inverse = _mm512_set1_ps(quantizer ? quantizer->inverse : 1.0f);
+        if (equalised) inverse = _mm512_mul_ps(inverse, _mm512_maskz_loadu_ps(lanes, channel_inverse + 16 * i));
         if (!quantizer) {
-            _mm512_mask_storeu_ps(to + 64 * i, lanes, y[i]);
+            _mm512_mask_storeu_ps(to + 64 * i, lanes, equalised ? _mm512_mul_ps(y[i], inverse) : y[i]);
             continue;
         }
-        __m512 v = _mm512_mul_ps(y[i], _mm512_set1_ps(quantizer->inverse));
+        __m512 v = _mm512_mul_ps(y[i], inverse);
         v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(quantizer->low)), _mm512_set1_ps(quantizer->high));
         const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(quantizer->offset));
         _mm512_mask_cvtepi32_storeu_epi8(to + 16 * i, lanes, q);
@@ -130,16 +152,19 @@ QDIFF_INLINE void normalize_lanes(const float* x, const Coefficients& at, bool s
 }
 
 // Pixels of `channels` into rows of output `stride` bytes apart: floats, or integers with a quantizer.
+template <bool equalised>
 void normalize(const float* x, int64_t pixels, int64_t channels, const Coefficients& at, bool silu, char* to,
-               int64_t stride, const Quantizer* quantizer) {
+               int64_t stride, const Quantizer* quantizer, const float* channel_inverse) {
     const int64_t element = quantizer ? 1 : 4;
     for (int64_t p = 0; p < pixels; ++p, x += channels, to += stride) {
         int64_t c = 0;
         for (; c + 64 <= channels; c += 64)
-            normalize_lanes<4>(x + c, at.from(c), silu, 0xFFFF, to + c * element, quantizer);
+            normalize_lanes<4, equalised>(x + c, at.from(c), silu, 0xFFFF, to + c * element, quantizer,
+                                          equalised ? channel_inverse + c : nullptr);
         for (; c < channels; c += 16) {
             const __mmask16 lanes = channels - c < 16 ? (1u << (channels - c)) - 1 : 0xFFFF;
-            normalize_lanes<1>(x + c, at.from(c), silu, lanes, to + c * element, quantizer);
+            normalize_lanes<1, equalised>(x + c, at.from(c), silu, lanes, to + c * element, quantizer,
+                                          equalised ? channel_inverse + c : nullptr);
         }
     }
 }
@@ -160,11 +185,37 @@ QDIFF_CLONES void normalize_to_integer(const float* x, int64_t pixels, int64_t c
     normalize_pixels<false>(x, pixels, channels, at, StoreInteger{out, stride, quantizer});
 }
 
+QDIFF_CLONES void normalize_to_scaled_float(const float* x, int64_t pixels, int64_t channels, const Coefficients& at,
+                                            bool silu, float* out, int64_t stride, const float* channel_inverse) {
+    const StoreScaledFloat store{out, stride, channel_inverse};
+    if (silu) return normalize_pixels<true>(x, pixels, channels, at, store);
+    normalize_pixels<false>(x, pixels, channels, at, store);
+}
+
+QDIFF_CLONES void normalize_to_scaled_integer(const float* x, int64_t pixels, int64_t channels, const Coefficients& at,
+                                              bool silu, uint8_t* out, int64_t stride, const Quantizer& quantizer,
+                                              const float* channel_inverse) {
+    const StoreScaledInteger store{out, stride, quantizer, channel_inverse};
+    if (silu) return normalize_pixels<true>(x, pixels, channels, at, store);
+    normalize_pixels<false>(x, pixels, channels, at, store);
+}
+
+// Floats, or integers with a quantizer; channel_inverse is of these channels, or null.
 void normalize(const float* x, int64_t pixels, int64_t channels, const Coefficients& at, bool silu, char* to,
-               int64_t stride, const Quantizer* quantizer) {
+               int64_t stride, const Quantizer* quantizer, const float* channel_inverse) {
 #ifdef QDIFF_HAS_AVX512
-    if (has_avx512()) return avx512::normalize(x, pixels, channels, at, silu, to, stride, quantizer);
+    if (has_avx512()) {
+        const auto run = channel_inverse ? avx512::normalize<true> : avx512::normalize<false>;
+        return run(x, pixels, channels, at, silu, to, stride, quantizer, channel_inverse);
+    }
 #endif
+    if (channel_inverse) {
+        if (!quantizer)
+            return normalize_to_scaled_float(x, pixels, channels, at, silu, reinterpret_cast<float*>(to), stride / 4,
+                                             channel_inverse);
+        return normalize_to_scaled_integer(x, pixels, channels, at, silu, reinterpret_cast<uint8_t*>(to), stride,
+                                           *quantizer, channel_inverse);
+    }
     if (!quantizer)
         return normalize_to_float(x, pixels, channels, at, silu, reinterpret_cast<float*>(to), stride / 4);
     normalize_to_integer(x, pixels, channels, at, silu, reinterpret_cast<uint8_t*>(to), stride, *quantizer);
@@ -241,9 +292,10 @@ void write_pixels(const GroupNorm& norm, int64_t n, int64_t first, int64_t count
     const float* segments[2] = {norm.x + pixel * norm.c1, norm.x2 ? norm.x2 + pixel * norm.c2 : nullptr};
     const int64_t sizes[2] = {norm.c1, norm.c2};
     const int64_t element = norm.float_out ? 4 : 1;
+    const float* inverse = norm.quantizer.channel_inverse;
     for (int64_t i = 0, channel = 0; i < 2 && sizes[i]; channel += sizes[i++]) {
         normalize(segments[i], count, sizes[i], at.from(channel), norm.silu, to + channel * element, channels * element,
-                  norm.float_out ? nullptr : &norm.quantizer);
+                  norm.float_out ? nullptr : &norm.quantizer, inverse ? inverse + channel : nullptr);
         const QuantizedCopy& copy = norm.copies[i];
         if (copy.out) copy_to_integer(segments[i], count * sizes[i], copy.out + pixel * sizes[i], copy.quantizer);
     }

@@ -33,7 +33,7 @@ struct GroupNorm {
     Placement place;
     float* float_out;      // [N, OH, OW, C], or null:
     uint8_t* integer_out;  // [N, OH, OW, C]
-    Quantizer quantizer;
+    Quantizer quantizer;   // its channel factors multiply a float result, too
     QuantizedCopy copies[2];  // of x and of x2
 
     int64_t channels() const { return c1 + c2; }

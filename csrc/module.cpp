@@ -56,9 +56,9 @@ using Copy = std::tuple<Address, double, int, int>;  // output or null, scale, z
 
 void bind_groupnorm(Address x, Address x2, int64_t batch, int64_t height, int64_t width, int64_t c1, int64_t c2,
                     int64_t groups, double eps, Address pre_add, Address weight, Address bias, Address norm_scale,
-                    Address norm_shift, bool silu, Address float_out, Address integer_out, double scale, int zero_point,
-                    int bits, int64_t upsample, const Padding& padding, bool unsigned_storage,
-                    const std::array<Copy, 2>& copies) {
+                    Address norm_shift, bool silu, Address float_out, Address integer_out, double scale,
+                    Address channel_inverse, int zero_point, int bits, int64_t upsample, const Padding& padding,
+                    bool unsigned_storage, const std::array<Copy, 2>& copies) {
     require(batch >= 0 && c1 > 0 && c2 >= 0, "sizes must be positive");
     require(groups > 0 && (c1 + c2) % groups == 0, "groups must divide the channels");
     require((float_out == 0) != (integer_out == 0), "exactly one output is needed");
@@ -80,7 +80,7 @@ void bind_groupnorm(Address x, Address x2, int64_t batch, int64_t height, int64_
     norm.place = placement(height, width, c1 + c2, upsample, padding);
     norm.float_out = pointer<float>(float_out);
     norm.integer_out = pointer<uint8_t>(integer_out);
-    norm.quantizer = quantizer(scale, 0, zero_point, bits, unsigned_storage);
+    norm.quantizer = quantizer(scale, channel_inverse, zero_point, bits, unsigned_storage);
     for (int i = 0; i < 2; ++i) {
         const auto& [to, copy_scale, copy_zero_point, copy_bits] = copies[i];
         require(to == 0 || i == 0 || c2 > 0, "a copy of x2 needs x2");

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .calibration.calibration import Calibration
 from .calibration.observers import affine, merged
+from .equalisation import equalise
 from .graph.capture import hash_parameters
 from .graph.ir import Graph, Node
 from .plan_requests import expected_modes, preset_modes
@@ -55,6 +56,7 @@ def quantize(
         raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}; Recipe.named('w8a8') makes one")
     if hash_parameters(unet) != calibration.key["model_hash"]:
         raise ValueError("unet is not the one that was calibrated: its parameters have another hash")
+    calibration = equalised(calibration, recipe)
     captured, parameters = calibration.capture.graph, calibration.capture.constants
     weights = {}
     for node in layers(captured):
@@ -93,6 +95,20 @@ def quantize(
     if on_plan is not None:
         on_plan(choice)
     return first.with_table(make_table(calibration, recipe, choice.modes))
+
+
+def equalised(calibration: Calibration, recipe: Recipe, on_step: Callable[[], None] | None = None) -> Calibration:
+    """The calibration of the network that the recipe quantises: equalised where it asks for that, once.
+
+    Factors are searched at the modes of the plan; where it is still to be measured, at its fewest bits.
+    """
+    if recipe.equalise == "off":
+        return calibration
+    request, rows = recipe.plan_request(), len(calibration.timesteps)
+    measured = request is not None and request.measured
+    modes = (min(needed_modes(request), key=MODE_BITS.__getitem__),) * rows if measured else plan_of(recipe, rows)
+    bits = site_bits(calibration.capture.graph, calibration.sites, modes, recipe.edges)
+    return equalise(calibration, recipe, bits, on_step)
 
 
 def _trial_sampler(calibration: Calibration) -> Sampler:

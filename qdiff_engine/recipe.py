@@ -14,6 +14,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "activation_bits": (4, 8, 16),
     "observer": ("minmax", "percentile", "mse"),
     "weights": ("nearest", "gptq"),
+    "equalise": ("off", "on"),
     "edges": ("a16", "a8"),
 }
 _CORRECT = re.compile(r"(none|ptqd|mmse|ner)(\+ibc)?(\+vsc)?")
@@ -31,6 +32,8 @@ class Recipe:
             "preset:NAME" (a published split); or the mode ("A4", "A8", "A16") of every row, noisiest step first.
         weights: how weights are rounded: "nearest" (with the scale of least output error per channel) or "gptq"
             (each rounding error made good by the weights still to come).
+        equalise: "on" divides the channels of activations by factors that the weights absorb, where a search finds that
+            the layers' outputs gain from it; see `equalisation`.
         observer: how a range is read off the statistics: "minmax", "percentile" or "mse".
         rows: which rows share a range: "step" (none), "group:K" (K neighbours) or "static" (all).
         correct: what is done about the quantisation noise, see `qdiff_engine.correct`: "none", "ptqd", "mmse" or "ner"
@@ -49,6 +52,7 @@ class Recipe:
     rows: str = "step"
     edges: str = "a16"
     correct: str = "none"
+    equalise: str = "off"
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():

@@ -51,12 +51,13 @@ def groupnorm_silu_quantize(
     pre_add: Tensor | None = None,
     norm_scale: Tensor | None = None,
     norm_shift: Tensor | None = None,
+    channel_inverse: Tensor | None = None,
     upsample: int = 1,
     padding: tuple[int, int, int, int] = (0, 0, 0, 0),
 ) -> Tensor:
-    """q = quantize(silu(group_norm(cat(x, x2) + pre_add) * (1 + norm_scale) + norm_shift)) as int8.
+    """q[n, c] = quantize(silu(group_norm(cat(x, x2) + pre_add) * (1 + norm_scale) + norm_shift)[n, c] * inv_c[c]).
 
-    ``scale`` None gives the float64 value before quantisation, padded with 0.
+    As int8, inv_s and inv_c multiplied first. ``scale`` None gives the float64 value before quantisation, padded with 0.
     """
     x = (x if x2 is None else torch.cat((x, x2), dim=1)).double()
     spatial = [1] * (x.dim() - 2)
@@ -79,8 +80,9 @@ def groupnorm_silu_quantize(
         y = y + per_channel(norm_shift)
     y = F.silu(y) if silu else y
     if scale is None:
-        return place(y, upsample, padding, 0.0)
-    return place(numerics.quantize(y.float(), scale, zero_point, bits), upsample, padding, zero_point)
+        return place(y if channel_inverse is None else y * per_channel(channel_inverse), upsample, padding, 0.0)
+    q = numerics.quantize(y.float().movedim(1, -1), scale, zero_point, bits, channel_inverse).movedim(-1, 1)
+    return place(q, upsample, padding, zero_point)
 
 
 def layernorm_quantize(

@@ -27,7 +27,7 @@ LAYERS = (
     {"ops"},
     {"graph", "samplers", "sampling", "rounding"},
     {
-        "runtime", "calibration", "quantization", "correction", "evaluation", "measuring", "baselines", "benchmarking",
+        "runtime", "calibration", "equalisation", "quantization", "correction", "evaluation", "measuring", "baselines", "benchmarking",
         "models", "pictures", "bops", "digits", "quality", "plans", "reporting",
     },
     {"cli"},

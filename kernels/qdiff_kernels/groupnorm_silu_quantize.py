@@ -1,4 +1,4 @@
-"""groupnorm_silu_quantize: q = quantize(silu((x + pre_add - mean_g) / sqrt(var_g + eps) * weight + bias)).
+"""groupnorm_silu_quantize: q = quantize(silu((x + pre_add - mean_g) / sqrt(var_g + eps) * weight + bias) / c).
 
 `group_statistics` turns the norm into one affine map per sample and channel; here is the pass that applies it.
 """
@@ -56,6 +56,7 @@ def _apply_kernel(
     x2,
     coefficients,
     quantization,
+    channel_inverse,
     out,
     pixels,
     channels1,
@@ -92,6 +93,11 @@ def _apply_kernel(
     affine_high = affine
     if PACKED:
         affine_high = affine_at(coefficients, channel + 32, channels, all_channels)
+    if channel_inverse is not None:
+        channel_inverse += first_column * SHARE
+        factor = tl.load(channel_inverse + channel, mask=channel < channels, other=0.0)
+        if PACKED:
+            factor_high = tl.load(channel_inverse + channel + 32, mask=channel + 32 < channels, other=0.0)
     out_pixels = out_height * out_width
     # the coefficients are six times as many bytes as the fp16 values of one tile's thread: several tiles share them
     for tile in range(tiles):
@@ -103,14 +109,21 @@ def _apply_kernel(
         y = normalised(at, inside, affine, SILU, PLACED)
         to = out + (n * out_pixels + pixel) * all_columns + first_column + column
         if quantization is None:
+            if channel_inverse is not None:
+                y *= factor
             tl.store(to, y.to(out.dtype.element_ty), mask=within)
         else:
             inverse = tl.load(quantization + 1)
+            inverse_high = inverse
+            if channel_inverse is not None:
+                if PACKED:
+                    inverse_high = inverse * factor_high
+                inverse = inverse * factor
             zero_point = tl.load(quantization + 2).to(tl.int32)
             q = quantize_value(y, inverse, zero_point, BITS, ASM)
             if PACKED:
                 y = normalised(at + 32, inside, affine_high, SILU, PLACED)
-                q = paired_nibbles(q, quantize_value(y, inverse, zero_point, BITS, ASM), ASM)
+                q = paired_nibbles(q, quantize_value(y, inverse_high, zero_point, BITS, ASM), ASM)
             tl.store(to, q, mask=within)
 
 
@@ -128,13 +141,14 @@ def groupnorm_silu_quantize(
     pre_add: Tensor | None = None,
     norm_scale: Tensor | None = None,
     norm_shift: Tensor | None = None,
+    channel_inverse: Tensor | None = None,
     upsample: int = 1,
     padding: Padding = (0, 0, 0, 0),
     out_dtype: torch.dtype | None = None,
     packed: bool = False,
     statistics: Tensor | None = None,
 ) -> Tensor:
-    """q = quantize(silu(group_norm(cat(x, x2) + pre_add) * (1 + norm_scale) + norm_shift)).
+    """q[n, c] = quantize(silu(group_norm(cat(x, x2) + pre_add) * (1 + norm_scale) + norm_shift)[n, c] * inv_c[c]).
 
     Args:
         x: float16, bfloat16 or float32 [N, C1, *spatial].
@@ -144,6 +158,7 @@ def groupnorm_silu_quantize(
         bits: 4 or 8.
         x2: further channels [N, C2, *spatial] of x's dtype.
         pre_add, norm_scale, norm_shift: floating [C] or [N, C].
+        channel_inverse: float32 [C], inv_c = 1 / c of channel equalisation, multiplied with 1 / s first.
         upsample: integer factor of nearest-neighbour upsampling, 4-D only.
         padding: (top, bottom, left, right) pixels of value z (or 0) around the (upsampled) image, 4-D only.
         out_dtype: of the result without a quantization; x's by default.
@@ -171,6 +186,7 @@ def groupnorm_silu_quantize(
     check_placement(x, upsample, padding)
     check_vector("weight", weight, channels, x.device)
     check_vector("bias", bias, channels, x.device)
+    check_vector("channel_inverse", channel_inverse, channels, x.device, (torch.float32,))
     pre_add, norm_scale, norm_shift = (
         _per_sample(name, values, n, channels, x.device)
         for name, values in (("pre_add", pre_add), ("norm_scale", norm_scale), ("norm_shift", norm_shift))
@@ -199,7 +215,7 @@ def groupnorm_silu_quantize(
         blocks = sum(triton.cdiv(size, block_c) for size in columns)
         tiles = tiles_per_program(triton.cdiv(out_height * out_width, block_p), blocks * n)
         _apply_kernel[(blocks, triton.cdiv(out_height * out_width, block_p * tiles), n)](
-            rows, rows2, affine, quantization, out, pixels, x.shape[1], channels - x.shape[1], height, width,
+            rows, rows2, affine, quantization, channel_inverse, out, pixels, x.shape[1], channels - x.shape[1], height, width,
             out_height, out_width, padding[0], padding[2], tiles, SILU=silu, BITS=bits, UPSAMPLE=upsample,
             PLACED=upsample > 1 or any(padding), PACKED=packed, BLOCK_P=block_p, BLOCK_C=block_c, ASM=ASSEMBLY,
         )  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import numerics
 from ..tables import Table
 from ..weights import QuantizedWeight
+from .factors import FACTORS, channel_axis, divided
 from .ir import Const, Graph, Node, Ref, map_leaves
 from .operators import FLOAT_OPS, INTEGER_OPS
 
@@ -109,7 +110,7 @@ class _FloatInterpreter:
         return getattr(self, node.op)(node, args, kwargs)
 
     def quantize(self, node: Node, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
-        return self.activation(kwargs["site"], activate(args[0], kwargs["activation"]))
+        return self.quantized(node, activate(args[0], kwargs["activation"]), kwargs)
 
     def groupnorm_silu_quantize(self, node: Node, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
         x = torch.cat(args, 1) if len(args) > 1 else args[0]
@@ -117,12 +118,16 @@ class _FloatInterpreter:
         if kwargs["norm_scale"] is not None:
             shape = [*kwargs["norm_scale"].shape, *[1] * (x.dim() - 2)]
             y = y * (1 + kwargs["norm_scale"].reshape(shape)) + kwargs["norm_shift"].reshape(shape)
-        return self.activation(kwargs["site"], F.silu(y) if kwargs["silu"] else y)
+        return self.quantized(node, F.silu(y) if kwargs["silu"] else y, kwargs)
 
     def layernorm_quantize(self, node: Node, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
         x = args[0]
         y = F.layer_norm(x, x.shape[-1:], kwargs["weight"], kwargs["bias"], kwargs["eps"])
-        return self.activation(kwargs["site"], y)
+        return self.quantized(node, y, kwargs)
+
+    def quantized(self, node: Node, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """What the layers behind a quantiser see of x, its channels divided by their factors."""
+        return self.activation(kwargs["site"], divided(x, kwargs.get(FACTORS), channel_axis(node.op, x.dim())))
 
     def segment_weights(self, node: Node, count: int) -> list[Tensor]:
         stored = node.kwargs["weight"]

@@ -109,13 +109,14 @@ def groupnorm_silu_quantize(
     pre_add: Tensor | None = None,
     norm_scale: Tensor | None = None,
     norm_shift: Tensor | None = None,
+    channel_inverse: Tensor | None = None,
     upsample: int = 1,
     padding: tuple[int, int, int, int] = (0, 0, 0, 0),
     copies: Sequence[QuantizedCopy | None] = (),
     storage: torch.dtype = torch.int8,
     backend: str | None = None,
 ) -> Tensor:
-    """q = quantize(silu(group_norm(cat(x, x2) + pre_add) * (1 + norm_scale) + norm_shift)).
+    """q[n, c] = quantize(silu(group_norm(cat(x, x2) + pre_add) * (1 + norm_scale) + norm_shift)[n, c] * inv_c[c]).
 
     Args:
         x: float32 [N, C, L] or [N, C, H, W].
@@ -124,6 +125,8 @@ def groupnorm_silu_quantize(
         scale: None skips the quantisation and returns float32 (padded with 0).
         x2: channels that follow those of ``x``.
         pre_add, norm_scale, norm_shift: float32 [N, C].
+        channel_inverse: float32 [C], inv_c = 1 / c of channel equalisation; multiplied with inv_s first, as `quantize`
+            does. It divides an unquantised result, too, but no copy.
         upsample, padding, storage: as for `quantize`.
         copies: outputs for x and x2 quantised on their own as well, for a shortcut that reads them; 4-D only.
 
@@ -145,6 +148,7 @@ def groupnorm_silu_quantize(
         pre_add=pre_add,
         norm_scale=norm_scale,
         norm_shift=norm_shift,
+        channel_inverse=channel_inverse,
         upsample=upsample,
         padding=padding,
         copies=copies,

@@ -25,7 +25,8 @@ _SCHEMAS = {
     "SymInt upsample, SymInt[] padding, ScalarType storage, str? backend) -> Tensor",
     "groupnorm_silu_quantize": "(Tensor x, SymInt groups, Tensor? weight, Tensor? bias, float eps, "
     "Tensor? quantization, SymInt bits, bool silu, Tensor? x2, Tensor? pre_add, Tensor? norm_scale, "
-    "Tensor? norm_shift, SymInt upsample, SymInt[] padding, ScalarType storage, str? backend) -> Tensor",
+    "Tensor? norm_shift, Tensor? channel_inverse, SymInt upsample, SymInt[] padding, ScalarType storage, "
+    "str? backend) -> Tensor",
     "layernorm_quantize": "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? quantization, SymInt bits, "
     "ScalarType storage, str? backend) -> Tensor",
     "int_gemm": "(Tensor q, Tensor values, Tensor weight_scale, Tensor sums, SymInt weight_bits, "
@@ -152,6 +153,7 @@ def groupnorm_silu_quantize(
     pre_add: Tensor | None = None,
     norm_scale: Tensor | None = None,
     norm_shift: Tensor | None = None,
+    channel_inverse: Tensor | None = None,
     upsample: int = 1,
     padding: tuple[int, int, int, int] = (0, 0, 0, 0),
     storage: torch.dtype = torch.int8,
@@ -160,27 +162,28 @@ def groupnorm_silu_quantize(
     """`ops.groupnorm_silu_quantize` as ``torch.ops.qdiff.groupnorm_silu_quantize``; unquantised in x's dtype."""
     affine = _optional(scale, zero_point, x.device)
     return torch.ops.qdiff.groupnorm_silu_quantize(
-        x, groups, weight, bias, eps, affine, bits, silu, x2, pre_add, norm_scale, norm_shift, upsample, padding,
-        storage, backend,
+        x, groups, weight, bias, eps, affine, bits, silu, x2, pre_add, norm_scale, norm_shift, channel_inverse,
+        upsample, padding, storage, backend,
     )  # fmt: skip
 
 
 def _groupnorm_silu_quantize(
-    x, groups, weight, bias, eps, quantization, bits, silu, x2, pre_add, norm_scale, norm_shift, upsample, padding,
-    storage, backend,
+    x, groups, weight, bias, eps, quantization, bits, silu, x2, pre_add, norm_scale, norm_shift, channel_inverse,
+    upsample, padding, storage, backend,
 ):  # fmt: skip
     run = dispatch.resolve("groupnorm_silu_quantize", x.device, backend)
     affine = _affine(quantization, "groupnorm_silu_quantize", backend)
     y = run(
         x, groups, weight, bias, eps, *affine, bits, silu=silu, x2=x2, pre_add=pre_add, norm_scale=norm_scale,
-        norm_shift=norm_shift, upsample=upsample, padding=tuple(padding), storage=storage,
+        norm_shift=norm_shift, channel_inverse=channel_inverse, upsample=upsample, padding=tuple(padding),
+        storage=storage,
     )  # fmt: skip
     return y if quantization is not None else y.to(x.dtype)
 
 
 def _groupnorm_silu_quantize_shape(
-    x, groups, weight, bias, eps, quantization, bits, silu, x2, pre_add, norm_scale, norm_shift, upsample, padding,
-    storage, backend,
+    x, groups, weight, bias, eps, quantization, bits, silu, x2, pre_add, norm_scale, norm_shift, channel_inverse,
+    upsample, padding, storage, backend,
 ):  # fmt: skip
     channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
     return _image(x, channels, _enlarged(x, upsample, padding), x.dtype if quantization is None else storage)

@@ -204,13 +204,14 @@ def groupnorm_silu_quantize(
     pre_add: Tensor | None = None,
     norm_scale: Tensor | None = None,
     norm_shift: Tensor | None = None,
+    channel_inverse: Tensor | None = None,
     upsample: int = 1,
     padding: Sequence[int] = _NO_PADDING,
     copies: Sequence[QuantizedCopy | None] = (),
     storage: torch.dtype = torch.int8,
 ) -> Tensor:
     """q = quantise(silu(((h - mean_g) / sqrt(var_g + eps) * weight + bias) * (1 + norm_scale) + norm_shift)),
-    h = cat(x, x2) + pre_add.
+    h = cat(x, x2) + pre_add; quantised with inv = float32(float32(1 / s) * channel_inverse[c]).
 
     Args:
         x, x2: float32 [N, C1, *spatial] and optionally [N, C2, *spatial]; C = C1 + C2 is divided into ``groups``,
@@ -218,6 +219,7 @@ def groupnorm_silu_quantize(
         weight, bias: float32 [C] or None.
         scale: activation scale, or None for the float32 value before quantisation (padding is 0 then).
         pre_add, norm_scale, norm_shift: float32 [N, C] or None.
+        channel_inverse: float32 [C] or None; a float32 result is multiplied with it.
         upsample, padding, storage: as in `quantize`.
         copies: outputs for x and x2 quantised on their own as well; 4-D only.
 
@@ -239,6 +241,7 @@ def groupnorm_silu_quantize(
     pre_add = _floats("pre_add", pre_add, (batch, channels))
     norm_scale = _floats("norm_scale", norm_scale, (batch, channels))
     norm_shift = _floats("norm_shift", norm_shift, (batch, channels))
+    channel_inverse = _floats("channel_inverse", channel_inverse, (channels,))
 
     operands.check_copies([part for part in (x, x2) if part is not None], copies, storage)
 
@@ -255,7 +258,8 @@ def groupnorm_silu_quantize(
             x.data_ptr(), _address(x2), batch, height, width, c1, c2, groups, eps, _address(pre_add),
             _address(weight), _address(bias), _address(norm_scale), _address(norm_shift), silu,
             address if scale is None else 0, 0 if scale is None else address, 1.0 if scale is None else scale,
-            zero_point, bits, upsample, padding, storage == torch.uint8, [_copy(copies, 0), _copy(copies, 1)],
+            _address(channel_inverse), zero_point, bits, upsample, padding, storage == torch.uint8,
+            [_copy(copies, 0), _copy(copies, 1)],
         )  # fmt: skip
     return out
 

@@ -258,6 +258,11 @@ def check_copies(inputs: Sequence[Tensor], copies: Sequence[QuantizedCopy | None
             )
 
 
+def check_channel_inverse(channel_inverse: Tensor | None, channels: int) -> None:
+    """Raise ValueError unless the inverse factors are None or float32 [channels]."""
+    _check_float("channel_inverse", channel_inverse, (channels,))
+
+
 def check_quantize(
     x: Tensor,
     scale: float | None,

@@ -70,6 +70,7 @@ def groupnorm_silu_quantize(
     pre_add: Tensor | None = None,
     norm_scale: Tensor | None = None,
     norm_shift: Tensor | None = None,
+    channel_inverse: Tensor | None = None,
     upsample: int = 1,
     padding: tuple[int, int, int, int] = (0, 0, 0, 0),
     copies: Sequence[QuantizedCopy | None] = (),
@@ -82,6 +83,7 @@ def groupnorm_silu_quantize(
     operands.check_quantize(x, scale, zero_point, bits, upsample, padding, storage)
     inputs = [part for part in (x, x2) if part is not None]
     operands.check_copies(inputs, copies, storage)
+    operands.check_channel_inverse(channel_inverse, sum(part.shape[1] for part in inputs))
     for part, copy in zip(inputs, copies, strict=False):
         if copy is not None:
             copy.out.copy_(quantize(part, copy.scale, copy.zero_point, copy.bits, storage=storage))
@@ -96,10 +98,11 @@ def groupnorm_silu_quantize(
         y = y * (1 + norm_scale[per_channel])
     if norm_shift is not None:
         y = y + norm_shift[per_channel]
-    y = channels_second(channels_innermost(F.silu(y) if silu else y).contiguous())
+    inner = channels_innermost(F.silu(y) if silu else y).contiguous()
     if scale is None:
-        return place(y, upsample, padding, 0.0)
-    q = numerics.quantize(y, scale, zero_point, bits)
+        y = inner if channel_inverse is None else inner * channel_inverse
+        return place(channels_second(y), upsample, padding, 0.0)
+    q = channels_second(numerics.quantize(inner, scale, zero_point, bits, channel_inverse))
     return numerics.stored(place(q, upsample, padding, zero_point), storage)
 
 

@@ -135,6 +135,7 @@ def groupnorm_silu_quantize(
     pre_add: Tensor | None = None,
     norm_scale: Tensor | None = None,
     norm_shift: Tensor | None = None,
+    channel_inverse: Tensor | None = None,
     upsample: int = 1,
     padding: tuple[int, int, int, int] = (0, 0, 0, 0),
     copies: Sequence[QuantizedCopy | None] = (),
@@ -153,8 +154,8 @@ def groupnorm_silu_quantize(
             copy.out.copy_(quantize(part, copy.scale, copy.zero_point, copy.bits, storage=storage))
     q = _kernels("groupnorm_silu_quantize").groupnorm_silu_quantize(
         x, groups, weight, bias, eps, _quantization(scale, zero_point, x.device), bits, silu=silu, x2=x2,
-        pre_add=pre_add, norm_scale=norm_scale, norm_shift=norm_shift, upsample=upsample, padding=padding,
-        packed=storage == PACKED, statistics=_joined(statistics),
+        pre_add=pre_add, norm_scale=norm_scale, norm_shift=norm_shift, channel_inverse=channel_inverse,
+        upsample=upsample, padding=padding, packed=storage == PACKED, statistics=_joined(statistics),
     )  # fmt: skip
     return q if scale is None else _stored(q, storage)
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..graph.factors import check_factors
 from ..graph.ir import Graph
 from ..recipe import Recipe
 from ..tables import NOISE_SUMS, Correction, Noise, Table
@@ -135,6 +136,8 @@ def check_agreement(artifact: Artifact) -> None:
     for key, value in artifact.constants.items():
         if value.is_floating_point() and bool(torch.isnan(value).any()):
             raise ArtifactError(f"{MODEL}: constant.{key} holds NaN")
+    with naming(MODEL):
+        check_factors(artifact.graph, artifact.constants)
 
 
 def _layers(graph: Graph) -> Iterator[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..graph.factors import FACTORS, channel_axis, divided
 from ..graph.interpret import activate
 from ..graph.ir import Const, Graph, Node, Ref, map_leaves, sizes
 from ..graph.operators import FACTORY_OPS, FLOAT_OPS, INTEGER_OPS
@@ -184,18 +185,25 @@ class Compiler:
         kernel, column, storage = self.kernels["quantize"], self.columns[node.kwargs["site"]], self.storages(node)
         read, out, activation = self.slots[node.args[0].name], self.slots[node.name], node.kwargs["activation"]
         upsample, padding = node.kwargs["upsample"], node.kwargs["padding"]
-        placed = {"upsample": upsample, "padding": padding} if len(node.shape) == 4 else {}
+        placed: dict[str, Any] = {"upsample": upsample, "padding": padding} if len(node.shape) == 4 else {}
+        factors, axis = self._factors(node), channel_axis(node.op, len(node.shape))
+        if factors is not None:
+            placed[FACTORS] = factors
 
         def run(values: Values, row: Row) -> None:
             scale, zero_point, bits = row.sites[column]
             if bits == 16:
-                values[out] = placed_as(activate(values[read], activation), upsample, padding)
+                values[out] = placed_as(divided(activate(values[read], activation), factors, axis), upsample, padding)
             else:
                 values[out] = kernel(
                     values[read], scale, zero_point, bits, activation=activation, storage=storage[bits], **placed
                 )
 
         return run
+
+    def _factors(self, node: Node) -> Tensor | None:
+        """1 / c of an equalised quantiser's channels."""
+        return self.value(node.kwargs.get(FACTORS))([])
 
     def groupnorm_silu_quantize(self, node: Node) -> Instruction:
         kernel, k, storage = self.kernels["groupnorm_silu_quantize"], node.kwargs, self.storages(node)
@@ -205,7 +213,8 @@ class Compiler:
         second = self.value(node.args[1] if len(node.args) > 1 else None)
         pre_add, scale_by, shift_by = (self.value(k[name]) for name in ("pre_add", "norm_scale", "norm_shift"))
         groups, eps, silu, upsample, padding = k["groups"], k["eps"], k["silu"], k["upsample"], k["padding"]
-        quantize_inputs, measured = self._copies(node), self.slots_of(ref.name for ref in k["statistics"])
+        quantize_inputs, factors = self._copies(node), self._factors(node)
+        measured = self.slots_of(ref.name for ref in k["statistics"])
 
         def run(values: Values, row: Row) -> None:
             scale, zero_point, bits = row.sites[column]
@@ -227,6 +236,7 @@ class Compiler:
                 pre_add=pre_add(values),
                 norm_scale=scale_by(values),
                 norm_shift=shift_by(values),
+                channel_inverse=factors,
                 upsample=1 if floating else upsample,
                 padding=(0, 0, 0, 0) if floating else padding,
                 copies=quantize_inputs(values, row),
@@ -267,6 +277,9 @@ class Compiler:
         kernel, storage, eps = self.kernels["layernorm_quantize"], self.storages(node), node.kwargs["eps"]
         column, out, read = self.columns[node.kwargs["site"]], self.slots[node.name], self.slots[node.args[0].name]
         weight, bias = self.value(node.kwargs["weight"])([]), self.value(node.kwargs["bias"])([])
+        factors = self._factors(node)
+        if factors is not None:  # (n weight + bias) / c, rounded in another order
+            weight, bias = factors if weight is None else weight * factors, None if bias is None else bias * factors
 
         def run(values: Values, row: Row) -> None:
             scale, zero_point, bits = row.sites[column]

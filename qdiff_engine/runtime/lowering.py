@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 
+from ..graph.factors import FACTORS
 from ..graph.ir import Graph, Node, Ref
 from ..graph.operators import LAYOUT_OPS
 from ..graph.rewrite import Rewriter
@@ -48,7 +49,7 @@ def _prepared(graph: Graph) -> Graph:
     for node in lowered.nodes:
         node.kwargs = dict(node.kwargs)
         if node.op in _PLACING:
-            node.kwargs |= {"upsample": 1, "padding": (0, 0, 0, 0)}
+            node.kwargs |= {"upsample": 1, "padding": (0, 0, 0, 0), FACTORS: node.kwargs.get(FACTORS)}
         if node.op == "groupnorm_silu_quantize":
             node.kwargs |= {"pre_add": None, "copies": {}, "statistics": ()}
         if node.op in _PRODUCTS:
@@ -131,8 +132,8 @@ def _copies_to_norms(graph: Graph) -> None:
 
 
 def _is_plain_quantizer(node: Node) -> bool:
-    """Whether a node quantises a value as it is: no activation function, nothing placed around it."""
-    plain = {"activation": "none", "upsample": 1, "padding": (0, 0, 0, 0)}
+    """Whether a node quantises a value as it is: no activation function, no factors, nothing placed around it."""
+    plain = {"activation": "none", "upsample": 1, "padding": (0, 0, 0, 0), FACTORS: None}
     return node.op == "quantize" and all(node.kwargs[name] == value for name, value in plain.items())
 
 
@@ -151,7 +152,7 @@ def _quantizers_to_products(graph: Graph) -> None:
         geglu = reader.kwargs["activation"] == "geglu"
         if geglu and (node.op != "int_gemm" or last is not node or node.kwargs["residual"] is not None):
             continue
-        if not geglu and not _is_plain_quantizer(reader):
+        if reader.kwargs[FACTORS] is not None or not (geglu or _is_plain_quantizer(reader)):
             continue
         node.kwargs |= {"geglu": geglu, "site": reader.kwargs["site"]}
         if geglu:

@@ -1,0 +1,297 @@
+"""Channel equalisation: a factor c[k] per channel of an activation, which the weights that multiply it absorb.
+
+x[k] w[n, k] = (x[k] / c[k]) (w[n, k] c[k]): channels of very different size share one activation scale, and a factor
+gives a small one more of its steps, at the weights' cost. Candidates are c[k] = |x_k|^p / |W_k|^q over a grid of
+exponents, the size of a channel its largest or its root mean square value; the one with the least error of the layers'
+outputs is taken, site by site, over samples of all rows, activations and weights quantised as the recipe asks, and
+only where other samples confirm that it beats c = 1.
+
+Rounding the factors to powers of two would make them exact, and costs most of what they gain: neighbouring channels
+seldom differ by more than that.
+
+Source: SmoothQuant (Xiao et al., ICML 2023), equation 4 (p = alpha, q = 1 - alpha), with the exponents searched.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calibration.calibration import Calibration
+from .calibration.observers import BINS, Histogram, affine, merged
+from .graph.factors import FACTORS, LIMIT, channel_axis, has_factors, readers
+from .graph.interpret import flatten_conditioning, run_float
+from .graph.ir import Const, Graph, Node
+from .numerics import activation_range
+from .recipe import Recipe
+from .rounding import nearest
+
+EXPONENTS = ((0.25, 0.75), (0.5, 0.5), (0.75, 0.25), (0.25, 0.25), (0.35, 0.15))  # (p, q)
+_VECTORS = 1024  # samples of a layer's input: a quarter to choose a candidate with, the others to confirm it
+_SCALE_VECTORS = 128  # those that the weights' scales are searched with
+_WORTH = 0.98  # of the error with c = 1: a site with factors is not quantised by the product or norm before it
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A K segment of a layer: its weight [N, C, T], samples of its input [P, C, T], step by step, and weight bits."""
+
+    weight: Tensor
+    inputs: Tensor
+    bits: int
+
+
+@torch.no_grad()
+def equalise(
+    calibration: Calibration, recipe: Recipe, bits: Tensor, on_step: Callable[[], None] | None = None
+) -> Calibration:
+    """The calibration of the equalised network: its factors and weights, and statistics of what its quantisers see.
+
+    Args:
+        recipe: weight bits, observer and rows that candidates are judged with; weights are rounded to nearest.
+        bits: uint8 [R, S], activation bits of every site in every row.
+        on_step: called after each of `progress_steps`.
+
+    Returns:
+        ``calibration`` itself where no site gains, or where it is equalised already.
+    """
+    if has_factors(calibration.capture.graph):
+        return calibration
+    advance = on_step or (lambda: None)
+    aligned, factors = _aligned_sites(calibration), {}
+    for site, column in zip(calibration.sites, bits.unbind(1), strict=True):
+        if site in aligned:
+            found = search(_readers(calibration, site, recipe), _rows(calibration), column, recipe)
+            if found is not None:
+                factors[site] = found
+        advance()
+    return _observed(with_factors(calibration, factors), set(factors), advance) if factors else calibration
+
+
+def progress_steps(calibration: Calibration) -> int:
+    """How often `equalise` reports progress, at most."""
+    return len(calibration.sites) + len(calibration.trajectory.timesteps)
+
+
+def _rows(calibration: Calibration) -> Tensor:
+    """int64 [steps]: the row of every step of the trajectory."""
+    return torch.tensor([calibration.timesteps.index(t) for t in calibration.trajectory.timesteps])
+
+
+def _float_run(calibration: Calibration, **hooks: Any) -> Callable[..., tuple[Tensor]]:
+    """The calibrated network as a function, with the hooks of `run_float`."""
+
+    def run(sample: Tensor, timestep: Tensor, **conditioning: Any) -> tuple[Tensor]:
+        inputs = {"sample": sample, "timestep": timestep, **flatten_conditioning(conditioning)}
+        return (run_float(calibration.capture.graph, calibration.capture.constants, inputs, **hooks),)
+
+    return run
+
+
+def _aligned_sites(calibration: Calibration) -> set[str]:
+    """Sites whose channels are the input channels of every layer behind them, whatever layout changes lie between.
+
+    Found by sending the channel's number through the network in place of every activation. First layers are left out:
+    the network's input is not equalised.
+    """
+    graph = calibration.capture.graph
+    operators = {node.kwargs["site"]: node.op for node in graph.nodes if "site" in node.kwargs}
+    sources, wrong = graph.quantizer_of(), set()
+
+    def numbered(site: str, x: Tensor) -> Tensor:
+        return _channel_numbers(x, channel_axis(operators[site], x.dim()))
+
+    def compare(node: Node, segment: int, x: Tensor) -> None:
+        grouped = node.kwargs.get("groups", 1) != 1 or f"{node.kwargs['layer']}:{segment}" not in calibration.inputs
+        same = torch.equal(x, _channel_numbers(x, 1 if node.op == "int_conv2d" else -1))
+        if grouped or not same or node.kwargs.get("edge") == "first":
+            wrong.add(sources[node.args[segment].name].kwargs["site"])
+
+    path = calibration.trajectory
+    sample = path.samples[0][:2]
+    run = _float_run(calibration, activation=numbered, layer_input=compare)
+    calibration.guidance.branches(run, sample, path.timesteps[0], range(len(sample)))
+    return set(readers(graph)) - wrong
+
+
+def _channel_numbers(x: Tensor, axis: int) -> Tensor:
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return torch.arange(x.shape[axis], dtype=x.dtype).reshape(shape).expand_as(x)
+
+
+def _readers(calibration: Calibration, site: str, recipe: Recipe) -> list[Reader]:
+    """The layers behind a site, with as many of their samples from every step."""
+    found, steps = [], len(calibration.trajectory.timesteps)
+    for node, segment in readers(calibration.capture.graph)[site]:
+        weight = calibration.capture.constants[node.kwargs["weight"].key]
+        if len(node.args) > 1:
+            weight = weight.split(list(node.kwargs["segments"]), 1)[segment]
+        weight = weight.float().reshape(*weight.shape[:2], -1)
+        samples = calibration.inputs[f"{node.kwargs['layer']}:{segment}"]
+        by_step = samples.reshape(steps, -1, samples.shape[1])[:, : -(-_VECTORS // steps)]
+        inputs = by_step.reshape(-1, *weight.shape[1:]).float()
+        found.append(Reader(weight, inputs, 8 if node.kwargs.get("edge") else recipe.weight_bits))
+    return found
+
+
+def candidates(parts: list[Reader]) -> list[Tensor]:
+    """Factors float32 [C] for every size and every pair of exponents, of geometric mean 1; 1 where a channel is dead."""
+    largest = [
+        torch.stack([part.inputs.abs().amax((0, 2)) for part in parts]).amax(0),
+        torch.stack([part.weight.abs().amax((0, 2)) for part in parts]).amax(0),
+    ]
+    mean_square = [
+        torch.stack([part.inputs.square().mean((0, 2)) for part in parts]).mean(0).sqrt(),
+        torch.stack([part.weight.square().mean((0, 2)) for part in parts]).mean(0).sqrt(),
+    ]
+    tiny = torch.finfo(torch.float32).tiny
+    alive = (mean_square[0] > tiny) & (mean_square[1] > tiny)
+    if not bool(alive.any()):
+        return []
+    found = []
+    for x, w in (largest, mean_square):
+        x, w = x.clamp(min=tiny).log2(), w.clamp(min=tiny).log2()
+        for p, q in EXPONENTS:
+            exponent = p * x - q * w
+            found.append(torch.where(alive, exponent - exponent[alive].mean(), 0.0).exp2().clamp(1 / LIMIT, LIMIT))
+    return found
+
+
+def search(parts: list[Reader], step_rows: Tensor, bits: Tensor, recipe: Recipe) -> Tensor | None:
+    """float32 [C]: the candidate with the least error of the layers' outputs; None where that does not beat c = 1.
+
+    Args:
+        parts: the layers behind a site; their samples are as many from each step, in order.
+        step_rows: int64 [steps], the row that serves each step.
+        bits: uint8 [R], the site's activation bits.
+    """
+    by_step = len(parts[0].inputs) // len(step_rows)
+    few = max(1, by_step // 4)
+    best, least = None, torch.inf
+    for factors in candidates(parts):
+        error = output_error(parts, factors, slice(0, few), step_rows, bits, recipe)
+        if error < least:
+            best, least = factors, error
+    if best is None:
+        return None
+    others = slice(few if by_step > few else 0, by_step)
+    before = output_error(parts, torch.ones_like(best), others, step_rows, bits, recipe)
+    after = output_error(parts, best, others, step_rows, bits, recipe)
+    return best if after < _WORTH * before else None
+
+
+def output_error(
+    parts: list[Reader], factors: Tensor, chosen: slice, step_rows: Tensor, bits: Tensor, recipe: Recipe
+) -> float:
+    """Sum over the layers of |Q(x / c) Q(w c)^T - x w^T|^2, over the ``chosen`` samples of every step."""
+    steps = len(step_rows)
+    exact = [part.inputs.unflatten(0, (steps, -1))[:, chosen].flatten(0, 1) for part in parts]
+    inputs = [(x / factors[:, None]).flatten(1) for x in exact]
+    rows = step_rows.repeat_interleave(len(inputs[0]) // steps)
+    rounded = quantized_by_row(torch.cat(inputs, 1), rows, bits, recipe).split([x.shape[1] for x in inputs], 1)
+    total = 0.0
+    for part, y, x, x_rounded in zip(parts, exact, inputs, rounded, strict=True):
+        few = torch.linspace(0, len(x) - 1, min(len(x), _SCALE_VECTORS)).long()
+        weight = nearest((part.weight * factors[:, None]).flatten(1), part.bits, x[few]).dequantize()
+        total += float((x_rounded @ weight.T - y.flatten(1) @ part.weight.flatten(1).T).square().sum())
+    return total
+
+
+def quantized_by_row(x: Tensor, rows: Tensor, bits: Tensor, recipe: Recipe) -> Tensor:
+    """Fake-quantised vectors [P, D]: each row's affine comes from the histogram of its own vectors.
+
+    Args:
+        rows: int64 [P], the row of every vector.
+        bits: uint8 [R]; rows of 16 bits stay as they are.
+    """
+    counts, ranges = merged(*_row_statistics(x, rows, len(bits)), recipe.row_group())
+    result = x.clone()
+    for width in (4, 8):
+        mine = bits[rows] == width
+        if bool(mine.any()):
+            scale, zero_point = affine(recipe.observer, counts[:, 0], ranges[:, 0], width)
+            low, high = activation_range(width)
+            s, z = scale[rows[mine], None], zero_point[rows[mine], None]
+            result[mine] = ((torch.round(x[mine] / s) + z).clamp_(low, high) - z) * s
+    return result
+
+
+def _row_statistics(x: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(counts float64 [R, 1, BINS], ranges float64 [R, 1, 2]) of the vectors of each row; a range includes 0."""
+    low = torch.zeros(count).scatter_reduce(0, rows, x.amin(1), "amin")
+    high = torch.zeros(count).scatter_reduce(0, rows, x.amax(1), "amax")
+    width = (high - low).clamp(min=torch.finfo(torch.float32).tiny)
+    bins = ((x - low[rows, None]) * (BINS / width)[rows, None]).long().clamp_(0, BINS - 1)
+    counts = torch.bincount((bins + BINS * rows[:, None]).flatten(), minlength=BINS * count)
+    return counts.double().reshape(count, 1, BINS), torch.stack([low, high], -1).double()[:, None]
+
+
+def with_factors(calibration: Calibration, factors: Mapping[str, Tensor]) -> Calibration:
+    """The same float network with its channels divided by ``factors`` at their sites and its weights multiplied.
+
+    The statistics are still those of the network without factors. A weight that two layers share becomes two.
+    """
+    captured = calibration.capture
+    nodes = [copy.copy(node) for node in captured.graph.nodes]
+    graph = Graph(captured.graph.inputs, nodes, captured.graph.output)
+    constants, inputs = dict(captured.constants), dict(calibration.inputs)
+    for node in nodes:
+        found = factors.get(node.kwargs.get("site"))  # type: ignore[arg-type]
+        if found is not None:
+            key = f"{node.kwargs['site']}.{FACTORS}"
+            node.kwargs = {**node.kwargs, FACTORS: Const(key)}
+            constants[key] = 1 / found
+    for node, by_segment in _absorbing(graph, factors):
+        layer, weight = node.kwargs["layer"], constants[node.kwargs["weight"].key]
+        sizes = node.kwargs["segments"] if len(node.args) > 1 else (weight.shape[1],)
+        taps = weight[0, 0].numel()
+        for segment, found in by_segment.items():
+            name = f"{layer}:{segment}"
+            inputs[name] = (inputs[name].float() / found.repeat_interleave(taps)).to(inputs[name].dtype)
+        whole = torch.cat([by_segment.get(i, torch.ones(size)) for i, size in enumerate(sizes)])
+        key = f"{layer}.equalised"
+        constants[key] = weight * whole.reshape(1, -1, *[1] * (weight.dim() - 2))
+        node.kwargs = {**node.kwargs, "weight": Const(key)}
+    read = {key for node in nodes for key in node.consts()}
+    constants = {key: value for key, value in constants.items() if key in read}
+    capture = dataclasses.replace(captured, graph=graph, constants=constants)
+    return dataclasses.replace(calibration, capture=capture, inputs=inputs)
+
+
+def _absorbing(graph: Graph, factors: Mapping[str, Tensor]) -> list[tuple[Node, dict[int, Tensor]]]:
+    """(layer, {K segment: its factors}) of every layer that absorbs any."""
+    found: dict[str, tuple[Node, dict[int, Tensor]]] = {}
+    for site, layers in readers(graph).items():
+        for node, segment in layers if site in factors else ():
+            found.setdefault(node.name, (node, {}))[1][segment] = factors[site]
+    return list(found.values())
+
+
+def _observed(calibration: Calibration, sites: set[str], advance: Callable[[], None]) -> Calibration:
+    """The calibration with the statistics of ``sites`` taken again, from a float pass over its trajectory."""
+    counts, ranges = calibration.counts.clone(), calibration.ranges.clone()
+    columns = {site: calibration.sites.index(site) for site in sites}
+    seen = {(row, site): Histogram() for row in range(len(counts)) for site in sites}
+    path = calibration.trajectory
+    for timestep, sample, row in zip(path.timesteps, path.samples, _rows(calibration).tolist(), strict=True):
+
+        def observe(site: str, x: Tensor, row: int = row) -> Tensor:
+            if site in sites:
+                seen[row, site].update(x)
+            return x
+
+        calibration.guidance.in_batches(_float_run(calibration, activation=observe), sample, timestep, _BATCH)
+        advance()
+    for (row, site), histogram in seen.items():
+        if histogram.counts is not None:
+            counts[row, columns[site]] = histogram.counts
+            ranges[row, columns[site]] = torch.tensor([histogram.low, histogram.high], dtype=torch.float64)
+    return dataclasses.replace(calibration, counts=counts, ranges=ranges)
