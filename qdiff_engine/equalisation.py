@@ -143,7 +143,7 @@ def _readers(calibration: Calibration, site: str, recipe: Recipe) -> list[Reader
 
 
 def candidates(parts: list[Reader]) -> list[Tensor]:
-    """Factors float32 [C] for every size and every pair of exponents, of geometric mean 1; 1 where a channel is dead."""
+    """Factors float32 [C] of each size and pair of exponents, of geometric mean 1; 1 where a channel is dead."""
     largest = [
         torch.stack([part.inputs.abs().amax((0, 2)) for part in parts]).amax(0),
         torch.stack([part.weight.abs().amax((0, 2)) for part in parts]).amax(0),

@@ -57,7 +57,7 @@ def groupnorm_silu_quantize(
 ) -> Tensor:
     """q[n, c] = quantize(silu(group_norm(cat(x, x2) + pre_add) * (1 + norm_scale) + norm_shift)[n, c] * inv_c[c]).
 
-    As int8, inv_s and inv_c multiplied first. ``scale`` None gives the float64 value before quantisation, padded with 0.
+    As int8; inv_s and inv_c are multiplied first. ``scale`` None gives the float64 value itself, padded with 0.
     """
     x = (x if x2 is None else torch.cat((x, x2), dim=1)).double()
     spatial = [1] * (x.dim() - 2)

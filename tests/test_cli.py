@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from qdiff_engine import equalisation
 from qdiff_engine.cli import main
 from qdiff_engine.cli.demo import Settings, is_finished
 from qdiff_engine.cli.doctor import judge_gpus
@@ -187,6 +188,17 @@ def test_calibrate_chooses_a_plan(
     assert loaded(run("bops", target, "--json"))["switchable_fraction"] == 0.75
 
 
+def test_calibrate_equalises(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equalisation, "EXPONENTS", ((0.5, 0.5),))
+    monkeypatch.setattr(equalisation, "_VECTORS", 64)
+    target = tmp_path / "art"
+    tiny = ["--steps", "3", "--samples", "1", "--observer", "minmax", "--recipe", "w4a4"]
+    loaded(run("calibrate", "demo", *tiny, "--equalise", "on", "--out", target, "--json"))
+    assert loaded(run("inspect", target, "--json"))["recipe"]["equalise"] == "on"
+    assert '"channel_inverse":"$' in (target / "graph.json").read_text().replace(" ", "")
+    assert loaded(run("sample", target, "--n", 1, "--steps", 3, "--out", tmp_path / "x.png", "--json"))["finite"]
+
+
 def test_bops_of_a_model_and_of_an_artifact(run: Run, artifact: Path) -> None:
     data = loaded(run("bops", artifact, "--json"))
     assert set(data) == {"total_gbops", "float_gbops", "ratio", "switchable_fraction", "layers"}
@@ -312,6 +324,7 @@ def test_interrupted_and_killed_calibration_resumes_to_the_same_bytes(
         (["calibrate", "demo", "--steps", "1001", "--out", "x"], ["steps", "1000"]),
         (["calibrate", "demo", "--recipe", "w3a3", "--out", "x"], ["w3a3", "w4a8"]),
         (["calibrate", "demo", "--observer", "best", "--out", "x"], ["observer", "mse"]),
+        (["calibrate", "demo", "--equalise", "maybe", "--out", "x"], ["--equalise", "off"]),
         (["calibrate", "demo", "--weights", "magic", "--out", "x"], ["weights", "nearest"]),
         (["calibrate", "demo", "--rows", "group:0", "--out", "x"], ["rows", "group:K"]),
         (["calibrate", "demo", "--edges", "a4", "--out", "x"], ["edges", "a16"]),

@@ -209,13 +209,23 @@ def test_groupnorm_of_a_skip_concatenation_with_all_its_terms(
     options = {"x2": x2, **terms, **place}
     given = (surrounded(x), groups, weight.to(DEVICE), bias.to(DEVICE), 1e-6)
     on_it = on_device(options) | {"x2": surrounded(x2)}
-    q = groupnorm_silu_quantize(*given, quantization(0.03, 7), **on_it)
-    assert_steps(q, reference.groupnorm_silu_quantize(x, groups, weight, bias, 1e-6, 0.03, 7, 8, **options))
-    assert q.is_contiguous(memory_format=CHANNELS_LAST)
+    for inverse in (None, torch.rand(c1 + c2) + 0.5):
+        factors = {} if inverse is None else {"channel_inverse": inverse}
+        q = groupnorm_silu_quantize(*given, quantization(0.03, 7), **on_it, **on_device(factors))
+        expected = reference.groupnorm_silu_quantize(x, groups, weight, bias, 1e-6, 0.03, 7, 8, **options, **factors)
+        assert_steps(q, expected)
+        assert q.is_contiguous(memory_format=CHANNELS_LAST)
     exact = reference.groupnorm_silu_quantize(x, groups, weight, bias, 1e-6, None, 0, 8, **options)
     plain = reference.place(plain_groupnorm(x, groups, weight, bias, 1e-6, x2=x2, **terms), upsample, padding, 0.0)
     y = groupnorm_silu_quantize(*given, None, **on_it)
     assert_as_close_as_torch(y, plain, exact)
+
+
+def test_groupnorm_divides_an_unquantised_result() -> None:
+    x, inverse = torch.randn(2, 48, 5, 3), torch.rand(48) + 0.5
+    y = groupnorm_silu_quantize(x.to(DEVICE), 3, None, None, 1e-5, None, channel_inverse=inverse.to(DEVICE))
+    exact = reference.groupnorm_silu_quantize(x, 3, None, None, 1e-5, None, 0, 8, channel_inverse=inverse)
+    assert_as_close_as_torch(y, F.silu(F.group_norm(x, 3)) * inverse[:, None, None], exact)
 
 
 def test_groupnorm_reads_the_halves_of_a_scale_shift_embedding() -> None:
@@ -367,13 +377,12 @@ def test_images_are_written_packed(c2: int, upsample: int, padding: Any) -> None
     x, table = torch.randn(2, 128, 5, 3), quantization(0.3, -3)
     place: dict[str, Any] = {"upsample": upsample, "padding": padding}
     options = place | ({"x2": surrounded(torch.randn(2, c2, 5, 3))} if c2 else {})
-    weight = torch.randn(128 + c2).to(DEVICE)
+    weight, inverse = torch.randn(128 + c2).to(DEVICE), (torch.rand(128 + c2) + 0.5).to(DEVICE)
+    normalised = (surrounded(x), 32, weight, None, 1e-5, table, 4)
     for packed, plain in (
         [quantize(surrounded(x), table, 4, packed=p, **place) for p in (True, False)],
-        [
-            groupnorm_silu_quantize(surrounded(x), 32, weight, None, 1e-5, table, 4, packed=p, **options)
-            for p in (True, False)
-        ],
+        [groupnorm_silu_quantize(*normalised, packed=p, **options) for p in (True, False)],
+        [groupnorm_silu_quantize(*normalised, channel_inverse=inverse, packed=p, **options) for p in (True, False)],
     ):
         assert packed.dtype == torch.uint8 and packed.is_contiguous(memory_format=CHANNELS_LAST)
         assert torch.equal(unpack_rows(packed.movedim(1, -1), plain.shape[1]).movedim(-1, 1), plain)

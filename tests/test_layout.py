@@ -27,8 +27,8 @@ LAYERS = (
     {"ops"},
     {"graph", "samplers", "sampling", "rounding"},
     {
-        "runtime", "calibration", "equalisation", "quantization", "correction", "evaluation", "measuring", "baselines", "benchmarking",
-        "models", "pictures", "bops", "digits", "quality", "plans", "reporting",
+        "runtime", "calibration", "equalisation", "quantization", "correction", "evaluation", "measuring", "baselines",
+        "benchmarking", "models", "pictures", "bops", "digits", "quality", "plans", "reporting",
     },
     {"cli"},
 )  # fmt: skip

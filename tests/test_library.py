@@ -62,11 +62,11 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "quantize image": lambda: (image(2, 5, 3, 4), AFFINE, 8, "silu", None, 2, [1, 0, 2, 1], torch.int8),
     "groupnorm_silu_quantize": lambda: (
         *(image(2, 8, 3, 4), 4, torch.rand(12), torch.rand(12), 1e-5, AFFINE, 8, True, image(2, 4, 3, 4)),
-        *(torch.randn(2, 12), torch.randn(2, 12), torch.randn(2, 12), 2, [1, 0, 2, 1], torch.int8),
+        *(torch.randn(2, 12), torch.randn(2, 12), torch.randn(2, 12), torch.rand(12), 2, [1, 0, 2, 1], torch.int8),
     ),
     "groupnorm_silu_quantize floating": lambda: (
         *(torch.randn(2, 8, 5), 4, None, None, 1e-5, None, 8, False),
-        *(None, None, None, None, 1, [0] * 4, torch.int8),
+        *(None, None, None, None, None, 1, [0] * 4, torch.int8),
     ),
     "layernorm_quantize": lambda: (torch.randn(2, 3, 9), torch.rand(9), torch.rand(9), 1e-5, AFFINE, 8, torch.uint8),
     "layernorm_quantize floating": lambda: (torch.randn(2, 9), None, None, 1e-5, None, 8, torch.int8),

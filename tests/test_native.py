@@ -435,6 +435,10 @@ def test_nothing_is_left_unwritten():
     (lambda: native.quantize(torch.zeros(3), 1.0, 0, 8, channel_inverse=torch.ones(2)), ValueError, "channel_inverse"),
     (lambda: native.groupnorm_silu_quantize(torch.zeros(1, 6, 2), 4, None, None, 1e-5, 1.0), ValueError, "groups"),
     (lambda: native.groupnorm_silu_quantize(torch.zeros(1, 6, 2), 2, torch.ones(5), None, 1, 1), ValueError, "weight"),
+    (
+        lambda: native.groupnorm_silu_quantize(torch.zeros(1, 6, 2), 2, None, None, 1, 1, channel_inverse=torch.ones(5)
+        ), ValueError, "channel_inverse",
+    ),
     (lambda: native.layernorm_quantize(torch.zeros(2, 3), None, torch.ones(2), 1e-5, 1.0), ValueError, "bias"),
     (lambda: native.int_gemm(torch.zeros(2, 3), weights(2, 3), torch.ones(2), 1.0, 0), TypeError, "q must be"),
     (lambda: native.int_gemm(integers(2, 4), weights(2, 3), torch.ones(2), 1.0, 0), ValueError, "q must be"),

@@ -467,7 +467,8 @@ def test_groupnorm_of_a_skip_concatenation_with_all_its_terms(
     weight, bias = torch.randn(33), torch.randn(33)
     options: dict[str, Any] = {name: torch.randn(2, 33) for name in ("pre_add", "norm_scale", "norm_shift")}
     options |= {"x2": x2, "padding": padding, "upsample": upsample}
-    for scale in (0.03, None):
+    for scale, factors in ((0.03, None), (None, None), (0.03, torch.rand(33) + 0.5), (None, torch.rand(33) + 0.5)):
+        options["channel_inverse"] = factors
         arguments = (x, 3, weight, bias, 1e-6, scale, 7, 8)
         expected = reference.groupnorm_silu_quantize(*arguments, **options)
         result = ops.groupnorm_silu_quantize(*arguments, **options, backend=quantizer)
@@ -508,6 +509,31 @@ def test_groupnorm_refuses_copies_that_do_not_fit(quantizer: str) -> None:
             ops.groupnorm_silu_quantize(x, 2, None, None, 1e-5, 0.3, 0, 8, copies=copies, backend=quantizer)
 
 
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shape, groups", [((1, 1, 1, 1), 1), ((1, 17, 33), 17), ((2, 1040, 3, 5), 16)])
+def test_groupnorm_divides_its_channels(quantizer: str, shape: tuple[int, ...], groups: int, silu: bool) -> None:
+    x, inverse = torch.randn(shape) * 2 + 3, 8 * torch.rand(shape[1]) + 0.1
+    arguments = (x, groups, torch.randn(shape[1]), torch.randn(shape[1]), 1e-5)
+    for storage, zero_point, bits in ((torch.int8, -20, 8), (torch.uint8, 3, 4)):
+        given: dict[str, Any] = {"silu": silu, "channel_inverse": inverse}
+        q = ops.groupnorm_silu_quantize(*arguments, 0.1, zero_point, bits, **given, storage=storage, backend=quantizer)
+        assert_steps(q, reference.groupnorm_silu_quantize(*arguments, 0.1, zero_point, bits, **given), storage)
+        given["channel_inverse"] = torch.ones(shape[1])
+        q = ops.groupnorm_silu_quantize(*arguments, 0.1, zero_point, bits, **given, storage=storage, backend=quantizer)
+        given["channel_inverse"] = None
+        plain = ops.groupnorm_silu_quantize(
+            *arguments, 0.1, zero_point, bits, **given, storage=storage, backend=quantizer
+        )
+        assert torch.equal(q, plain)
+
+
+def test_groupnorm_refuses_factors_that_do_not_fit(quantizer: str) -> None:
+    x = torch.randn(2, 8, 4, 4)
+    with pytest.raises(ValueError, match="channel_inverse"):
+        wrong = torch.ones(7)
+        ops.groupnorm_silu_quantize(x, 2, None, None, 1e-5, 0.3, 0, 8, channel_inverse=wrong, backend=quantizer)
+
+
 def test_groupnorm_without_affine(quantizer: str) -> None:
     x = torch.randn(2, 32, 4, 4)
     q = ops.groupnorm_silu_quantize(x, 4, None, None, 1e-5, 0.3, 0, 4, backend=quantizer)
@@ -523,6 +549,16 @@ def test_layernorm_quantize(quantizer: str, shape: tuple[int, ...], storage: tor
         assert_steps(q, reference.layernorm_quantize(x, *affine, 1e-5, 0.02, 11, 8), storage)
         y = ops.layernorm_quantize(x, *affine, 1e-5, None, 0, 8, backend=quantizer)
         assert_close(y, reference.layernorm_quantize(x, *affine, 1e-5, None, 0, 8))
+
+
+@pytest.mark.parametrize("shape", [(33, 63), (2, 256, 320)])
+def test_layernorm_takes_factors_in_its_affine(quantizer: str, shape: tuple[int, ...]) -> None:
+    """With weight / c and bias / c it quantises as the definition does with inv_s / c, which has no argument here."""
+    x, inverse = torch.randn(shape) * 2 + 3, 8 * torch.rand(shape[-1]) + 0.1
+    weight, bias = torch.randn(shape[-1]), torch.randn(shape[-1])
+    y = reference.layernorm_quantize(x, weight, bias, 1e-5, None, 0, 8).float()
+    q = ops.layernorm_quantize(x, weight * inverse, bias * inverse, 1e-5, 0.1, 11, 8, backend=quantizer)
+    assert_steps(q, numerics.quantize(y, 0.1, 11, 8, inverse))
 
 
 # ---- which backend runs

@@ -215,9 +215,10 @@ def groupnorm_silu_quantize(
         blocks = sum(triton.cdiv(size, block_c) for size in columns)
         tiles = tiles_per_program(triton.cdiv(out_height * out_width, block_p), blocks * n)
         _apply_kernel[(blocks, triton.cdiv(out_height * out_width, block_p * tiles), n)](
-            rows, rows2, affine, quantization, channel_inverse, out, pixels, x.shape[1], channels - x.shape[1], height, width,
-            out_height, out_width, padding[0], padding[2], tiles, SILU=silu, BITS=bits, UPSAMPLE=upsample,
-            PLACED=upsample > 1 or any(padding), PACKED=packed, BLOCK_P=block_p, BLOCK_C=block_c, ASM=ASSEMBLY,
+            rows, rows2, affine, quantization, channel_inverse, out, pixels, x.shape[1], channels - x.shape[1],
+            height, width, out_height, out_width, padding[0], padding[2], tiles, SILU=silu, BITS=bits,
+            UPSAMPLE=upsample, PLACED=upsample > 1 or any(padding), PACKED=packed, BLOCK_P=block_p, BLOCK_C=block_c,
+            ASM=ASSEMBLY,
         )  # fmt: skip
     return out.movedim(-1, 1)
 

@@ -47,6 +47,13 @@ CORRECTION_SEED = 10_000  # added to --seed: corrections see other trajectories 
 )
 @click.option("--observer", default="mse", show_default=True, help="How ranges are found: minmax, percentile or mse.")
 @click.option("--weights", default="nearest", show_default=True, help="How weights are rounded: nearest or gptq.")
+@click.option(
+    "--equalise",
+    type=click.Choice(["off", "on"]),
+    default="off",
+    show_default=True,
+    help="Divide the channels of activations by factors that the weights absorb, where a search finds that it helps.",
+)
 @click.option("--rows", default="step", show_default=True, help="Rows that share a range: step, group:K or static.")
 @click.option("--edges", default="a16", show_default=True, help="First layer's activations: a16 (floating) or a8.")
 @click.option(
@@ -77,6 +84,7 @@ def calibrate(
     sampler: str,
     observer: str,
     weights: str,
+    equalise: str,
     rows: str,
     edges: str,
     plan: str | None,
@@ -96,7 +104,7 @@ def calibrate(
     from ..recipe import Recipe, check_correct
     from ..runtime.summary import layer_rows
 
-    recipe = Recipe.named(recipe_name, observer=observer, weights=weights, rows=rows, edges=edges)
+    recipe = Recipe.named(recipe_name, observer=observer, weights=weights, rows=rows, edges=edges, equalise=equalise)
     check_correct(correction)
     use_machine(device, threads)
     guided = guidance_arguments(conditioning, guidance)
@@ -111,8 +119,8 @@ def calibrate(
     output.resume = f"the finished steps are in {partial}: run the same command to resume"
 
     from ..calibration.calibration import calibrate as run
+    from ..quantization import equalised, quantize
     from ..quantization import layers as integer_layers
-    from ..quantization import quantize
 
     with output.progress("calibrating", steps) as advance:
         calibration = run(
@@ -128,6 +136,11 @@ def calibrate(
             on_step=lambda _: advance(),
             **guided,
         )
+    if recipe.equalise == "on":
+        from ..equalisation import progress_steps
+
+        with output.progress("equalising", progress_steps(calibration)) as advance:
+            calibration = equalised(calibration, recipe, on_step=advance)
     choices: list[Any] = []
     total = len(list(integer_layers(calibration.capture.graph))) + plan_trials(recipe, len(calibration.timesteps))
     with output.progress("quantising", total) as advance:

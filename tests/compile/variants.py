@@ -266,10 +266,16 @@ def others() -> Iterator[Variant]:
                 {"BLOCK_K": block_k, "BLOCK_C": block_c}, warps=warps,
             )  # fmt: skip
         apply = "groupnorm_silu_quantize:_apply_kernel"
-        yield _elementwise("groupnorm-apply", apply, arch, {**plain, "SILU": True})
-        yield _elementwise("groupnorm-apply-placed", apply, arch, {**placed, "SILU": True, "channels2": 0}, ("x2",))
-        yield _elementwise("groupnorm-apply-float", apply, arch, {**plain, "SILU": False}, ("quantization",), "*fp16")
-        yield _elementwise("groupnorm-apply-packed", apply, arch, {**plain, "SILU": True, **four}, out="*u8")
+        whole, factors = {**plain, "SILU": True}, ("channel_inverse",)
+        yield _elementwise("groupnorm-apply", apply, arch, whole, factors)
+        yield _elementwise(
+            "groupnorm-apply-placed", apply, arch, {**placed, "SILU": True, "channels2": 0}, ("x2", *factors)
+        )
+        yield _elementwise(
+            "groupnorm-apply-float", apply, arch, {**plain, "SILU": False}, ("quantization", *factors), "*fp16"
+        )
+        yield _elementwise("groupnorm-apply-packed", apply, arch, {**whole, **four}, factors, "*u8")
+        yield _elementwise("groupnorm-apply-factors", apply, arch, {**whole, **four}, out="*u8")
         layernorm = "layernorm_quantize:_layernorm_quantize_kernel"
         yield _elementwise("layernorm", layernorm, arch, {"BLOCK_M": 1, "BLOCK_K": 2048})
         yield _elementwise("layernorm-packed", layernorm, arch, {"BLOCK_M": 1, "BLOCK_K": 2048, **four}, out="*u8")
