@@ -28,12 +28,12 @@ from .calibration.observers import BINS, Histogram, affine, merged
 from .graph.factors import FACTORS, LIMIT, channel_axis, has_factors, readers
 from .graph.interpret import flatten_conditioning, run_float
 from .graph.ir import Const, Graph, Node
-from .numerics import activation_range
 from .recipe import Recipe
 from .rounding import nearest
 
 EXPONENTS = ((0.25, 0.75), (0.5, 0.5), (0.75, 0.25), (0.25, 0.25), (0.35, 0.15))  # (p, q)
-_VECTORS = 1024  # samples of a layer's input: a quarter to choose a candidate with, the others to confirm it
+_VECTORS = 1024  # samples of a layer's input
+_CHOOSING = 4  # every fourth step's choose a candidate, the others' confirm it
 _SCALE_VECTORS = 128  # those that the weights' scales are searched with
 _WORTH = 0.98  # of the error with c = 1: a site with factors is not quantised by the product or norm before it
 _BATCH = 16
@@ -173,65 +173,76 @@ def search(parts: list[Reader], step_rows: Tensor, bits: Tensor, recipe: Recipe)
         step_rows: int64 [steps], the row that serves each step.
         bits: uint8 [R], the site's activation bits.
     """
-    by_step = len(parts[0].inputs) // len(step_rows)
-    few = max(1, by_step // 4)
-    best, least = None, torch.inf
-    for factors in candidates(parts):
-        error = output_error(parts, factors, slice(0, few), step_rows, bits, recipe)
-        if error < least:
-            best, least = factors, error
-    if best is None:
+    options, steps = candidates(parts), torch.arange(len(step_rows))
+    if not options:
         return None
-    others = slice(few if by_step > few else 0, by_step)
-    before = output_error(parts, torch.ones_like(best), others, step_rows, bits, recipe)
-    after = output_error(parts, best, others, step_rows, bits, recipe)
+    few = steps % _CHOOSING == min(_CHOOSING, len(steps)) // 2
+    chosen = output_errors(parts, options, steps[few], step_rows, bits, recipe)
+    best = options[chosen.index(min(chosen))]
+    others = steps[~few] if len(steps) > 1 else steps
+    before, after = output_errors(parts, [torch.ones_like(best), best], others, step_rows, bits, recipe)
     return best if after < _WORTH * before else None
 
 
-def output_error(
-    parts: list[Reader], factors: Tensor, chosen: slice, step_rows: Tensor, bits: Tensor, recipe: Recipe
-) -> float:
-    """Sum over the layers of |Q(x / c) Q(w c)^T - x w^T|^2, over the ``chosen`` samples of every step."""
-    steps = len(step_rows)
-    exact = [part.inputs.unflatten(0, (steps, -1))[:, chosen].flatten(0, 1) for part in parts]
-    inputs = [(x / factors[:, None]).flatten(1) for x in exact]
-    rows = step_rows.repeat_interleave(len(inputs[0]) // steps)
-    rounded = quantized_by_row(torch.cat(inputs, 1), rows, bits, recipe).split([x.shape[1] for x in inputs], 1)
-    total = 0.0
-    for part, y, x, x_rounded in zip(parts, exact, inputs, rounded, strict=True):
-        few = torch.linspace(0, len(x) - 1, min(len(x), _SCALE_VECTORS)).long()
-        weight = nearest((part.weight * factors[:, None]).flatten(1), part.bits, x[few]).dequantize()
-        total += float((x_rounded @ weight.T - y.flatten(1) @ part.weight.flatten(1).T).square().sum())
-    return total
-
-
-def quantized_by_row(x: Tensor, rows: Tensor, bits: Tensor, recipe: Recipe) -> Tensor:
-    """Fake-quantised vectors [P, D]: each row's affine comes from the histogram of its own vectors.
+def output_errors(
+    parts: list[Reader], options: list[Tensor], steps: Tensor, step_rows: Tensor, bits: Tensor, recipe: Recipe
+) -> list[float]:
+    """Sum over the layers of |Q(x / c) Q(w c)^T - x w^T|^2 for each c of ``options``.
 
     Args:
-        rows: int64 [P], the row of every vector.
-        bits: uint8 [R]; rows of 16 bits stay as they are.
+        steps: indices of the steps whose samples count.
+        step_rows: int64, the row that serves each step of all.
+        bits: uint8 [R], activation bits; 16 leaves a row's x / c as it is.
+        recipe: for its observer; rows share one range if all of them do ("static").
     """
-    counts, ranges = merged(*_row_statistics(x, rows, len(bits)), recipe.row_group())
-    result = x.clone()
-    for width in (4, 8):
-        mine = bits[rows] == width
-        if bool(mine.any()):
-            scale, zero_point = affine(recipe.observer, counts[:, 0], ranges[:, 0], width)
-            low, high = activation_range(width)
-            s, z = scale[rows[mine], None], zero_point[rows[mine], None]
-            result[mine] = ((torch.round(x[mine] / s) + z).clamp_(low, high) - z) * s
-    return result
+    inputs = [part.inputs.unflatten(0, (len(step_rows), -1))[steps].flatten(0, 1) for part in parts]
+    exact = [x.flatten(1) @ part.weight.flatten(1).T for x, part in zip(inputs, parts, strict=True)]
+    present, rows = step_rows[steps].unique(return_inverse=True)
+    rows, bits = rows.repeat_interleave(len(inputs[0]) // len(steps)), bits[present]
+
+    def divided(factors: Tensor) -> list[Tensor]:
+        return [(x / factors[:, None]).flatten(1) for x in inputs]
+
+    statistics = [_row_statistics(torch.cat(divided(factors), 1), rows, len(bits)) for factors in options]
+    counts, ranges = (torch.stack(values, 1) for values in zip(*statistics, strict=True))
+    scale, zero_point = _affines(*merged(counts, ranges, min(recipe.row_group(), 1)), bits, recipe)
+    totals = []
+    for option, factors in enumerate(options):
+        total, affines = 0.0, (scale[rows, option, None], zero_point[rows, option, None])
+        for part, x, y in zip(parts, divided(factors), exact, strict=True):
+            few = torch.linspace(0, len(x) - 1, min(len(x), _SCALE_VECTORS)).long()
+            weight = nearest((part.weight * factors[:, None]).flatten(1), part.bits, x[few]).dequantize()
+            total += float((_fake_quantized(x, *affines, bits[rows]) @ weight.T - y).square().sum())
+        totals.append(total)
+    return totals
 
 
 def _row_statistics(x: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(counts float64 [R, 1, BINS], ranges float64 [R, 1, 2]) of the vectors of each row; a range includes 0."""
+    """(counts float64 [R, BINS], ranges float64 [R, 2]) of the vectors [P, D] of each row; a range includes 0."""
     low = torch.zeros(count).scatter_reduce(0, rows, x.amin(1), "amin")
     high = torch.zeros(count).scatter_reduce(0, rows, x.amax(1), "amax")
     width = (high - low).clamp(min=torch.finfo(torch.float32).tiny)
     bins = ((x - low[rows, None]) * (BINS / width)[rows, None]).long().clamp_(0, BINS - 1)
     counts = torch.bincount((bins + BINS * rows[:, None]).flatten(), minlength=BINS * count)
-    return counts.double().reshape(count, 1, BINS), torch.stack([low, high], -1).double()[:, None]
+    return counts.double().reshape(count, BINS), torch.stack([low, high], -1).double()
+
+
+def _affines(counts: Tensor, ranges: Tensor, bits: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [R, O] of the statistics [R, O, BINS] and [R, O, 2], each row at its own bits [R]."""
+    scale, zero_point = torch.ones(counts.shape[:2]), torch.zeros(counts.shape[:2], dtype=torch.int32)
+    for width in (4, 8):
+        mine = bits == width
+        if bool(mine.any()):
+            found = affine(recipe.observer, counts[mine].flatten(0, 1), ranges[mine].flatten(0, 1), width)
+            scale[mine], zero_point[mine] = (values.reshape(-1, counts.shape[1]) for values in found)
+    return scale, zero_point
+
+
+def _fake_quantized(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor) -> Tensor:
+    """s (clamp(round(x / s) + z) - z) of vectors [P, D], each with a scale, a zero point [P, 1] and bits [P]."""
+    high = (2.0 ** (bits.float() - 1) - 1)[:, None]
+    q = torch.minimum(torch.maximum(torch.round(x / scale) + zero_point, -high - 1), high)
+    return torch.where((bits == 16)[:, None], x, (q - zero_point) * scale)
 
 
 def with_factors(calibration: Calibration, factors: Mapping[str, Tensor]) -> Calibration:

@@ -18,7 +18,7 @@ from torch import Tensor
 import qdiff_engine as qe
 from qdiff_engine import equalisation, numerics
 from qdiff_engine.calibration.calibration import Calibration
-from qdiff_engine.equalisation import Reader, candidates, output_error, search, with_factors
+from qdiff_engine.equalisation import Reader, candidates, output_errors, search, with_factors
 from qdiff_engine.graph.factors import FACTORS, LIMIT, channel_axis, readers
 from qdiff_engine.graph.interpret import flatten_conditioning, run_float, simulate
 from qdiff_engine.quantization import equalised, quantize
@@ -148,7 +148,7 @@ def test_the_error_is_that_of_the_integers() -> None:
         q = numerics.quantize(x, float(scale), int(zero_point), 4)
         y = numerics.dequantize(q, float(scale), int(zero_point)) @ weight.dequantize().T
         expected += float((y - part.inputs[half].flatten(1) @ part.weight.flatten(1).T).square().sum())
-    found = output_error([part], factors, slice(0, 32), ROWS, BITS, recipe)
+    (found,) = output_errors([part], [factors], torch.arange(2), ROWS, BITS, recipe)
     assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -159,7 +159,7 @@ def test_a_loud_channel_is_equalised_and_even_ones_are_left_alone() -> None:
     part.weight[:, 3] /= 64
     found = search([part], ROWS, BITS, W4A4)
     assert found is not None and found[3] > 8 * found[[*range(3), *range(4, 16)]].max()
-    before, after = (output_error([part], c, slice(0, 128), ROWS, BITS, W4A4) for c in (torch.ones(16), found))
+    before, after = output_errors([part], [torch.ones(16), found], torch.arange(2), ROWS, BITS, W4A4)
     assert after < 0.1 * before
 
 
