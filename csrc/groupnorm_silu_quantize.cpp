@@ -138,12 +138,13 @@ QDIFF_INLINE void normalize_lanes(const float* x, const Coefficients& at, bool s
     }
     if (silu) silu_lanes<count>(y);
     for (int i = 0; i < count; ++i) {
-        __m512 inverse = _mm512_set1_ps(quantizer ? quantizer->inverse : 1.0f);
-        if (equalised) inverse = _mm512_mul_ps(inverse, _mm512_maskz_loadu_ps(lanes, channel_inverse + 16 * i));
         if (!quantizer) {
-            _mm512_mask_storeu_ps(to + 64 * i, lanes, equalised ? _mm512_mul_ps(y[i], inverse) : y[i]);
+            if (equalised) y[i] = _mm512_mul_ps(y[i], _mm512_maskz_loadu_ps(lanes, channel_inverse + 16 * i));
+            _mm512_mask_storeu_ps(to + 64 * i, lanes, y[i]);
             continue;
         }
+        __m512 inverse = _mm512_set1_ps(quantizer->inverse);
+        if (equalised) inverse = _mm512_mul_ps(inverse, _mm512_maskz_loadu_ps(lanes, channel_inverse + 16 * i));
         __m512 v = _mm512_mul_ps(y[i], inverse);
         v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(quantizer->low)), _mm512_set1_ps(quantizer->high));
         const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(quantizer->offset));
