@@ -18,8 +18,8 @@ from qdiff_engine.models import ddim, demo_model
 
 RESULTS = "quality-mnist32.json"
 COLUMNS = (
-    "weights", "activations", "rounding", "observer", "rows", "edges", "psnr_db", "psnr_db_min", "ssim", "latent_error",
-    "gbops", "gbops_ratio", "quantization_seconds",
+    "weights", "activations", "rounding", "equalise", "observer", "rows", "edges", "psnr_db", "psnr_db_min", "ssim",
+    "latent_error", "gbops", "gbops_ratio", "quantization_seconds",
 )  # fmt: skip
 SEED = 1  # of the images; the calibration draws from seed 0, so no image was calibrated on
 PRECISIONS = ("w8a8", "w4a8", "w4a4", "w8a16")
@@ -30,6 +30,7 @@ CHANGES = (  # one choice at a time away from the defaults: observer mse, rows s
     {"rows": "static"},
     {"edges": "a8"},
     {"weights": "gptq"},
+    {"equalise": "on"},
 )
 
 
@@ -50,6 +51,7 @@ def row(recipe: qe.Recipe, model: qe.IntegerUNet, result: Comparison, seconds: d
         "weights": f"int{recipe.weight_bits}",
         "activations": f"a{recipe.activation_bits}",
         "rounding": recipe.weights,
+        "equalise": recipe.equalise,
         "plan": recipe.plan,
         "observer": recipe.observer,
         "rows": recipe.rows,

@@ -105,8 +105,10 @@ def equalised(calibration: Calibration, recipe: Recipe, on_step: Callable[[], No
     if recipe.equalise == "off":
         return calibration
     request, rows = recipe.plan_request(), len(calibration.timesteps)
-    measured = request is not None and request.measured
-    modes = (min(needed_modes(request), key=MODE_BITS.__getitem__),) * rows if measured else plan_of(recipe, rows)
+    if request is not None and request.measured:
+        modes = (min(needed_modes(request), key=MODE_BITS.__getitem__),) * rows
+    else:
+        modes = plan_of(recipe, rows)
     bits = site_bits(calibration.capture.graph, calibration.sites, modes, recipe.edges)
     return equalise(calibration, recipe, bits, on_step)
 

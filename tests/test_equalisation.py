@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import qdiff_engine as qe
-from qdiff_engine import equalisation, numerics
+from qdiff_engine import equalisation, numerics, ops
 from qdiff_engine.calibration.calibration import Calibration
 from qdiff_engine.equalisation import Reader, candidates, output_errors, search, with_factors
 from qdiff_engine.graph.factors import FACTORS, LIMIT, channel_axis, readers
@@ -26,6 +26,7 @@ from qdiff_engine.recipe import Recipe
 from qdiff_engine.rounding import nearest
 from qdiff_engine.runtime import artifact, lowering
 from qdiff_engine.runtime.artifact_config import ArtifactError
+from qdiff_engine.runtime.replay import ReplayedProgram
 
 NAMES = ["scale-shift", "sd", "patches"]
 
@@ -88,6 +89,22 @@ def test_floating_activations_are_divided_too(name: str) -> None:
     inputs = networks.flat_inputs(model, step.sample, step.timestep, given)
     simulated = simulate(model.graph, model.constants, model.weights, model.table, inputs)
     assert relative(model(step.sample, step.timestep, **given)[0], simulated) < 1e-5
+
+
+@pytest.mark.parametrize("name, recipe", [("patches", "w4a4"), ("patches", "w8a16"), ("scale-shift", "w8a8")])
+def test_a_gpus_program_divides_too(name: str, recipe: str) -> None:
+    """The recorded step's kernels in Triton's interpreter, the table at fixed addresses, against the simulation."""
+    if not ops.backends()["triton"]["available"] or torch.cuda.is_available():
+        pytest.skip("this test runs the kernels on a CPU, in Triton's interpreter")
+    model, step = quantised(name, recipe), networks.trajectory(name)[1]
+    parts = (model.graph, model.weights, model.constants, model.table)
+    program = ReplayedProgram(*parts, torch.device("cpu"), "triton")
+    sample = step.sample[:2].contiguous(memory_format=torch.channels_last)
+    inputs = networks.flat_inputs(model, sample, step.timestep, networks.conditioning(name, 2))
+    simulated = simulate(model.graph, model.constants, model.weights, model.table, inputs)
+    engine = relative(program.run(inputs, step.timestep, model.table.row(step.timestep)), simulated)
+    quantisation = relative(simulated, step.prediction[:2])
+    assert engine < (1e-5 if recipe == "w8a16" else 0.5 * quantisation), (engine, quantisation)
 
 
 @pytest.mark.parametrize("lower", [lowering.lower_for_cpu, lowering.lower_for_gpu])
