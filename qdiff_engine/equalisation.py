@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .calibration.calibration import Calibration
 from .calibration.observers import BINS, Histogram, affine, merged
-from .graph.factors import FACTORS, LIMIT, channel_axis, has_factors, readers
+from .graph.factors import FACTORS, LIMIT, channel_axis, factor_keys, readers
 from .graph.interpret import flatten_conditioning, run_float
 from .graph.ir import Const, Graph, Node
 from .recipe import Recipe
@@ -62,7 +62,7 @@ def equalise(
     Returns:
         ``calibration`` itself where no site gains, or where it is equalised already.
     """
-    if has_factors(calibration.capture.graph):
+    if factor_keys(calibration.capture.graph):
         return calibration
     advance = on_step or (lambda: None)
     aligned, factors = _aligned_sites(calibration), {}

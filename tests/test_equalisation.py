@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import qdiff_engine as qe
-from qdiff_engine import equalisation, numerics, ops
+from qdiff_engine import equalisation, numerics, ops, quantization
 from qdiff_engine.calibration.calibration import Calibration
 from qdiff_engine.equalisation import Reader, candidates, output_errors, search, with_factors
-from qdiff_engine.graph.factors import FACTORS, LIMIT, channel_axis, readers
+from qdiff_engine.graph.factors import FACTORS, LIMIT, channel_axis, factor_keys, readers
 from qdiff_engine.graph.interpret import flatten_conditioning, run_float, simulate
 from qdiff_engine.quantization import equalised, quantize
 from qdiff_engine.recipe import Recipe
 from qdiff_engine.rounding import nearest
-from qdiff_engine.runtime import artifact, lowering
+from qdiff_engine.runtime import artifact, lowering, summary
 from qdiff_engine.runtime.artifact_config import ArtifactError
 from qdiff_engine.runtime.replay import ReplayedProgram
 
@@ -216,15 +216,28 @@ def test_equalising_again_changes_nothing() -> None:
     assert torch.equal(again(x, 500).sample, models[1](x, 500).sample)  # found again, bit for bit
 
 
+@pytest.mark.parametrize("plan, width", [("budget:0.75:A4,A8", 4), ("budget:1:A8,A16", 8), ("uniform", 8)])
+def test_a_plan_still_to_be_measured_is_served_at_its_fewest_bits(
+    plan: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr(quantization, "equalise", lambda calibration, recipe, bits, on_step: seen.append(bits))
+    calibration = networks.calibration("unet2d")
+    equalised(calibration, Recipe.named("w4a8", plan=plan, equalise="on"))
+    assert seen[0].shape == (len(calibration.timesteps), len(calibration.sites))
+    assert int(seen[0].min()) == width
+
+
 # ---- artifacts
 
 
 def test_factors_survive_saving(tmp_path: Path) -> None:
     model = loud()[2][1]
     model.save_pretrained(tmp_path / "art")
-    keys = {key.key for node in model.graph.nodes if (key := node.kwargs.get(FACTORS)) is not None}
+    keys = factor_keys(model.graph)
     stored = load_file(tmp_path / "art" / "model.safetensors")
     assert keys and all(stored[f"constant.{key}"].dtype == torch.float32 for key in keys)
+    assert summary.float_bytes(model) == summary.float_bytes(loud()[2][0])  # factors are no parameters
     x = networks.normal(2, 3, 16, 16)
     assert torch.equal(qe.load(tmp_path / "art")(x, 250).sample, model(x, 250).sample)
 

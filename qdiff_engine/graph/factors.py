@@ -29,7 +29,7 @@ def divided(x: Tensor, channel_inverse: Tensor | None, axis: int) -> Tensor:
         return x
     shape = [1] * x.dim()
     shape[axis] = -1
-    return x * channel_inverse.to(x.dtype).reshape(shape)
+    return (x * channel_inverse.reshape(shape)).to(x.dtype)  # in float32 at least, as the weights' factors are
 
 
 def readers(graph: Graph) -> dict[str, list[tuple[Node, int]]]:
@@ -43,9 +43,10 @@ def readers(graph: Graph) -> dict[str, list[tuple[Node, int]]]:
     return found
 
 
-def has_factors(graph: Graph) -> bool:
-    """Whether any quantiser divides its channels."""
-    return any(node.kwargs.get(FACTORS) is not None for node in graph.nodes)
+def factor_keys(graph: Graph) -> set[str]:
+    """Keys of the constants that are factors; none where nothing is equalised."""
+    found = (node.kwargs.get(FACTORS) for node in graph.nodes)
+    return {value.key for value in found if isinstance(value, Const)}
 
 
 def check_factors(graph: Graph, constants: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..graph.factors import factor_keys
 from ..graph.ir import Const, Node, sizes
 from ..graph.layers import float_reason, layer_name
 from ..graph.sections import dependencies
@@ -64,7 +65,9 @@ def inspect(
 def float_bytes(model: Quantised) -> int:
     """Bytes of the model's parameters in float32."""
     elements = sum(math.prod(w.values.shape) for parts in model.weights.values() for w in parts)
-    elements += sum(value.numel() for value in model.constants.values() if value.is_floating_point())
+    added = factor_keys(model.graph)
+    kept = (value for key, value in model.constants.items() if key not in added)
+    elements += sum(value.numel() for value in kept if value.is_floating_point())
     return _FLOAT_BYTES * elements
 
 
