@@ -12,6 +12,7 @@ _WHERE = {
     "Calibration": "calibration.calibration",
     "calibrate": "calibration.calibration",
     "quantize": "quantization",
+    "align": "alignment.alignment",
     "IntegerUNet": "runtime.model",
     "load": "runtime.model",
     "sample": "sampling",
@@ -25,6 +26,7 @@ _WHERE = {
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
+    from .alignment.alignment import align as align
     from .benchmarking import bench as bench
     from .bops import count_bops as count_bops
     from .calibration.calibration import Calibration as Calibration

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from .alignment.alignment import align, settings_of
 from .calibration.calibration import Calibration
 from .calibration.observers import affine, merged
 from .equalisation import equalise
@@ -86,7 +87,7 @@ def quantize(
 
     request = recipe.plan_request()
     if request is None or not request.measured:
-        return model(make_table(calibration, recipe))
+        return _aligned(model(make_table(calibration, recipe)), calibration, recipe)
     tables = {mode: make_table(calibration, recipe, mode) for mode in needed_modes(request)}
     first = model(next(iter(tables.values())))  # the others share its packed weights
     trials = {mode: first.with_table(table) for mode, table in tables.items()}
@@ -94,7 +95,12 @@ def quantize(
     choice = choose(request, trials, row, calibration.timesteps, unet, sampler, on_trial)
     if on_plan is not None:
         on_plan(choice)
-    return first.with_table(make_table(calibration, recipe, choice.modes))
+    return _aligned(first.with_table(make_table(calibration, recipe, choice.modes)), calibration, recipe)
+
+
+def _aligned(model: IntegerUNet, calibration: Calibration, recipe: Recipe) -> IntegerUNet:
+    """The model with learnt step sizes, where the recipe asks for them; `align` itself takes more settings."""
+    return model if recipe.align == "none" else align(model, calibration, settings_of(recipe))
 
 
 def equalised(calibration: Calibration, recipe: Recipe, on_step: Callable[[], None] | None = None) -> Calibration:

@@ -17,6 +17,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "equalise": ("off", "on"),
     "edges": ("a16", "a8"),
 }
+_ALIGN = re.compile(r"none|accuquant:([1-9][0-9]{0,3})")
 _CORRECT = re.compile(r"(none|ptqd|mmse|ner)(\+ibc)?(\+vsc)?")
 
 
@@ -38,6 +39,7 @@ class Recipe:
         rows: which rows share a range: "step" (none), "group:K" (K neighbours) or "static" (all).
         correct: what is done about the quantisation noise, see `qdiff_engine.correct`: "none", "ptqd", "mmse" or "ner"
             for the output, with "+ibc" (input bias) and "+vsc" (the sampler's variance) appended, in this order.
+        align: "none", or "accuquant:M": step sizes learnt over groups of M steps, see `qdiff_engine.align`.
         edges: "a16" keeps the first layer's activations floating, "a8" quantises them to 8 bits.
 
     Raises:
@@ -53,6 +55,7 @@ class Recipe:
     edges: str = "a16"
     correct: str = "none"
     equalise: str = "off"
+    align: str = "none"
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -69,6 +72,7 @@ class Recipe:
             self.plan_request()
         self.row_group()
         check_correct(self.correct)
+        check_align(self.align)
 
     def plan_request(self) -> PlanRequest | None:
         """How the plan is to be found; None where the modes are given."""
@@ -110,6 +114,18 @@ class Recipe:
         values = dataclasses.asdict(self)
         values["plan"] = list(self.plan) if isinstance(self.plan, tuple) else self.plan
         return values
+
+
+def check_align(value: Any) -> int | None:
+    """M, how many consecutive steps are aligned together; None for "none".
+
+    Raises:
+        ValueError: it is neither form.
+    """
+    found = _ALIGN.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError(f"align must be 'none' or 'accuquant:M' with M >= 1, got {value!r:.50}")
+    return None if found[1] is None else int(found[1])
 
 
 def check_correct(value: Any) -> tuple[str, bool, bool]:

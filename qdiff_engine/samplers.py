@@ -223,7 +223,7 @@ class Stepper:
             bias = self.correction.input_bias[r].to(latents.device) if self.correction.has_input_bias else None
         if sigma_scale is not None:
             sigma = row.sigma * sigma_scale
-        noise = self._noise(latents) if row.sigma > 0 else None  # drawn though sigma be 0: the streams stay in step
+        noise = self.draw_noise(latents) if row.sigma > 0 else None  # drawn though sigma be 0: the streams stay in step
         guidance = 1.0 if self.guidance_scale is None else float(self.guidance_scale)
         constants = [row.cx, row.c0, row.cd, sigma, row.signal, row.deviation, row.clip, guidance]
         return ops.denoise_step(
@@ -239,7 +239,8 @@ class Stepper:
             input_bias=bias,
         )
 
-    def _noise(self, latents: Tensor) -> Tensor:
+    def draw_noise(self, latents: Tensor) -> Tensor:
+        """The next step's standard normal noise, one stream per sample."""
         shape = (1, *latents.shape[1:])
         drawn = [torch.randn(shape, generator=generator) for generator in self.arguments["generator"]]
         return torch.cat(drawn).to(latents)

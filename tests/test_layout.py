@@ -28,7 +28,7 @@ LAYERS = (
     {"graph", "samplers", "sampling", "rounding"},
     {
         "runtime", "calibration", "equalisation", "quantization", "correction", "evaluation", "measuring", "baselines",
-        "benchmarking", "models", "pictures", "bops", "digits", "quality", "plans", "reporting",
+        "benchmarking", "models", "pictures", "bops", "digits", "quality", "plans", "reporting", "alignment",
     },
     {"cli"},
 )  # fmt: skip

@@ -62,11 +62,11 @@ class Checkpoint:
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Write one step's tensors, whole or not at all."""
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_file(self.folder / f"step-{step:05d}.safetensors", safetensors.torch.save(contiguous))
+        write_file(self._file(step), safetensors.torch.save(contiguous))
 
     def load(self, step: int) -> dict[str, Tensor] | None:
         """One step's tensors; None where it is not there or cannot be read, so that it is computed again."""
-        path = self.folder / f"step-{step:05d}.safetensors"
+        path = self._file(step)
         try:
             return safetensors.torch.load(path.read_bytes())
         except FileNotFoundError:
@@ -84,6 +84,26 @@ class Checkpoint:
                 break
             found[step] = tensors
         return found
+
+    def newest(self) -> tuple[int, dict[str, Tensor]] | None:
+        """(step, tensors) of the last step that can be read, of work whose every state replaces the one before."""
+        for step in sorted(self._steps(), reverse=True):
+            tensors = self.load(step)
+            if tensors is not None:
+                return step, tensors
+        return None
+
+    def discard_before(self, step: int) -> None:
+        """Delete the states before ``step``."""
+        for older in self._steps():
+            if older < step:
+                self._file(older).unlink()
+
+    def _steps(self) -> list[int]:
+        return [int(path.stem.removeprefix("step-")) for path in self.folder.glob("step-*.safetensors")]
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"step-{step:05d}.safetensors"
 
     def remove(self) -> None:
         """Delete the folder: the work is done and lives elsewhere."""

@@ -79,6 +79,19 @@ def run_float(
     return values[graph.output]
 
 
+def evaluate(
+    node: Node,
+    values: Mapping[str, Any],
+    constants: Mapping[str, Tensor],
+    weight: WeightHook | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Any:
+    """One node's value from those that it reads, by name; a layer's weights come from ``weight``."""
+    interpreter = _FloatInterpreter(constants, dtype)
+    interpreter.weight = weight or interpreter.weight
+    return interpreter.evaluate(node, dict(values))
+
+
 class _FloatInterpreter:
     def __init__(self, constants: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self.constants, self.dtype = constants, dtype

@@ -45,6 +45,13 @@ def lower_for_gpu(graph: Graph) -> Graph:
 
 def _prepared(graph: Graph) -> Graph:
     """A copy with merged products, and with every option that a kernel may be given still unused."""
+    lowered = unrearranged(graph)
+    _merge_products(lowered)
+    return lowered
+
+
+def unrearranged(graph: Graph) -> Graph:
+    """A copy with the same nodes, every option that a kernel may be given still unused: one instruction a node."""
     lowered = Graph(dict(graph.inputs), [copy.copy(node) for node in graph.nodes], graph.output)
     for node in lowered.nodes:
         node.kwargs = dict(node.kwargs)
@@ -54,7 +61,6 @@ def _prepared(graph: Graph) -> Graph:
             node.kwargs |= {"pre_add": None, "copies": {}, "statistics": ()}
         if node.op in _PRODUCTS:
             node.kwargs |= {"geglu": False, "site": None, "statistics": None}
-    _merge_products(lowered)
     return lowered
 
 

@@ -1,0 +1,163 @@
+"""IntegerUNet + Calibration -> IntegerUNet whose step sizes are learnt over groups of steps; the integers stay."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration.calibration import Calibration
+from ..calibration.checkpoint import Checkpoint, fingerprint
+from ..recipe import Recipe, check_align
+from ..runtime.model import IntegerUNet
+from ..sampling import check_count
+from .gradient import rollout
+from .learnt import Learnt, Simulation
+from .memory import Memory, estimated
+from .path import Path, float_path
+from .training import Progress, Settings, Trainer, group_starts
+
+_ERROR_BATCHES = 2  # of the float path, that the error at the groups' ends is measured on
+
+
+def align(
+    model: IntegerUNet,
+    calibration: Calibration,
+    settings: Settings | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    cache_dir: str | FilePath | None = None,
+    on_start: Callable[[Memory], None] | None = None,
+    on_iteration: Callable[[Progress], None] | None = None,
+) -> IntegerUNet:
+    """``model`` with learnt activation scales, zero points and weight scales: a new model with the same integers.
+
+    Groups of M consecutive steps start on the calibration's float trajectories and run in a differentiable simulation;
+    the loss compares their last latents with the float ones. Memory does not depend on M; see `gradient`.
+
+    Args:
+        model: from `quantize`; not corrected yet, since corrections are measured on what alignment changes.
+        calibration: the one that the model was made with.
+        settings: group size, iterations, batch and learning rates; by default the recipe's group.
+        device: where the simulation learns.
+        cache_dir: folder for work in progress; an interrupted run with the same arguments resumes there.
+        on_start: told the peak memory that learning is expected to take, before it starts.
+        on_iteration: called after every iteration, for progress.
+
+    Returns:
+        The same arguments give the same model bit for bit, resumed or not; with 0 iterations it is ``model`` itself.
+
+    Raises:
+        ValueError: an argument out of range, another calibration, a corrected model, a sampler that is not
+            differentiable, learning rates that diverge.
+        OSError: not enough memory; the message names the setting to lower.
+    """
+    settings = _checked(model, calibration, settings)
+    if settings.iterations == 0:
+        return model
+    path = float_path(calibration, settings.batch)
+    learnt = Learnt(model, device)
+    simulation = Simulation(model, learnt)
+    with _memory_errors(settings.batch):
+        if on_start is not None:
+            on_start(estimated(simulation, path, settings.batch))
+        key = progress_key(model, calibration, settings)
+        checkpoint = None if cache_dir is None else Checkpoint.open(cache_dir, key)
+        Trainer(simulation, path, settings, checkpoint).run(on_iteration)
+    return IntegerUNet(
+        graph=model.graph,
+        weights=learnt.weights(),
+        constants=model.constants,
+        table=learnt.table(),
+        recipe=dataclasses.replace(model.recipe, align=f"accuquant:{settings.group}"),
+        key=model.key,
+        model_config=model.model_config,
+        device=model.device,
+        dtype=model.dtype,
+    )
+
+
+def end_errors(model: Any, calibration: Calibration, group: int, batch: int = 4) -> list[float]:
+    """|x_hat - x| / |x| at the end of every group of ``group`` steps, each from the float path's latents.
+
+    Args:
+        model: anything called like the UNet; an `IntegerUNet` is measured through its integers.
+    """
+    path = float_path(calibration, batch)
+    return [
+        _end_error(model, path, start, count) for start, count in group_starts(path.length, check_count("group", group))
+    ]
+
+
+def _end_error(model: Any, path: Path, start: int, count: int) -> float:
+    wrong = right = 0.0
+    for moments in path.moments[:_ERROR_BATCHES]:
+        end, target = rollout(model, path.steps, path.guidance, moments[start], count)[-1], moments[start + count]
+        wrong += float((end.latents - target.latents).double().square().sum())
+        right += float(target.latents.double().square().sum())
+    return math.sqrt(wrong / max(right, 1e-30))
+
+
+def settings_of(recipe: Recipe, **changes: Any) -> Settings:
+    """The settings that a recipe's ``align`` stands for; 0 iterations where it is "none"."""
+    group = check_align(recipe.align)
+    return Settings(iterations=0) if group is None else Settings(group=group, **changes)
+
+
+def _checked(model: Any, calibration: Any, settings: Settings | None) -> Settings:
+    if not isinstance(model, IntegerUNet):
+        raise TypeError(f"model must be an IntegerUNet, got {type(model).__name__}")
+    if not isinstance(calibration, Calibration):
+        raise TypeError(f"calibration must come from qdiff_engine.calibrate, got {type(calibration).__name__}")
+    if calibration.key["model_hash"] != model.key.get("model_hash") or calibration.timesteps != model.table.timesteps:
+        raise ValueError("calibration is not the one that the model was made with")
+    if calibration.scheduler is None:
+        raise ValueError("calibration has no scheduler, so no steps can be taken with it; calibrate again")
+    table = model.table
+    if model.correction is not None or bool((table.output_scale != 1).any()) or bool((table.output_shift != 0).any()):
+        raise ValueError("model is corrected already; align it first, then measure its noise and correct it")
+    settings = settings_of(model.recipe) if settings is None else settings
+    check_count("iterations", settings.iterations, least=0), check_count("seed", settings.seed, least=0)
+    check_count("batch", settings.batch)
+    steps = len(calibration.trajectory.timesteps)
+    if check_count("group", settings.group) > steps:
+        raise ValueError(f"group must be at most the sampler's {steps} steps, got {settings.group}")
+    for name in ("scale_rate", "zero_point_rate", "weight_rate"):
+        value = getattr(settings, name)
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+    return settings
+
+
+def progress_key(model: IntegerUNet, calibration: Calibration, settings: Settings) -> dict[str, Any]:
+    """What tells one alignment's work in progress from another's."""
+    parts: dict[str, Tensor] = {}
+    for name, weights in model.weights.items():
+        for i, w in enumerate(weights):
+            parts |= {f"{name}.{i}.values": w.values, f"{name}.{i}.scale": w.scale}
+    table = model.table
+    parts |= {"scale": table.scale, "zero_point": table.zero_point, "bits": table.bits}
+    quantized = fingerprint(parts)
+    return {**calibration.key, "quantized": quantized, "modes": list(table.modes), "align": settings.to_dict()}
+
+
+@contextlib.contextmanager
+def _memory_errors(batch: int) -> Iterator[None]:
+    """Running out of memory becomes an error that names the setting to lower."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        ours = isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+        if not ours:
+            raise
+        mend = "lower batch" if batch > 1 else "batch is 1 already: use a device with more memory"
+        raise OSError(
+            errno.ENOMEM, f"not enough memory to align {batch} samples at a time; {mend} (--align-batch)"
+        ) from error

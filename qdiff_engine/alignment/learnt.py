@@ -1,0 +1,169 @@
+"""What alignment learns: a step size and a zero point per quantiser and group of rows, and the weights' scales.
+
+Everything is held relative to where it starts, so that what has learnt nothing is what it was, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import numerics
+from ..graph.interpret import ActivationHook, fake_quantize, flatten_conditioning, run_float
+from ..graph.ir import Node
+from ..runtime.model import IntegerUNet
+from ..tables import Table
+from ..weights import QuantizedWeight
+
+_LIMIT = 3.0  # of |log| of a scale's change: 20 times
+_SHARED = 0  # the group of what the prompt alone feeds, which all rows share
+
+
+class Learnt:
+    """scale = scale0 exp(p), zero point = round(z0 + d), weight scale = s0 exp(w); p, d and w start at 0.
+
+    Args:
+        model: where to start; its integers stay what they are.
+        device, dtype: of the parameters; float64 for checks.
+    """
+
+    def __init__(
+        self, model: IntegerUNet, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        table = self.table0 = model.table
+        self.weights0, self.dtype, self.device = model.weights, dtype, torch.device(device)
+        self.column = {site: i for i, site in enumerate(table.sites)}
+        self.bits: list[list[int]] = table.bits.tolist()
+        self.scale0 = table.scale.to(device, dtype)
+        self.zero_point0 = table.zero_point.to(device, dtype)
+        prompt = {n.kwargs["site"] for n in model.graph.nodes if "site" in n.kwargs and n.section == "prompt"}
+        self.of_prompt = torch.tensor([site in prompt for site in table.sites], device=device)
+        self.group = row_groups(table.modes, model.recipe.row_group())
+        zeros = [torch.zeros(len(table.sites), device=device, dtype=dtype) for _ in range(2 * (max(self.group) + 1))]
+        self.log_scale, self.shift = (part for part in (zeros[0::2], zeros[1::2]))
+        self.values = {name: [w.values.to(device) for w in parts] for name, parts in model.weights.items()}
+        self.weight0 = {name: [w.scale.to(device, dtype) for w in parts] for name, parts in model.weights.items()}
+        self.log_weight = {name: [torch.zeros_like(s) for s in parts] for name, parts in self.weight0.items()}
+        for _, parameter in self.named():
+            parameter.requires_grad_()
+        self._low, self._high = self._bounds()
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, parameter) of everything learnt; the name begins with its kind: scale, zero_point or weight."""
+        for g, (log_scale, shift) in enumerate(zip(self.log_scale, self.shift, strict=True)):
+            yield f"scale.{g}", log_scale
+            yield f"zero_point.{g}", shift
+        for name, parts in self.log_weight.items():
+            for i, part in enumerate(parts):
+                yield f"weight.{name}.{i}", part
+
+    def affine(self, row: int) -> tuple[Tensor, Tensor]:
+        """(scale, zero point) [S] of a row's quantisers; the rounding of the latter is straight through."""
+        g = self.group[row]
+        log_scale = torch.where(self.of_prompt, self.log_scale[_SHARED], self.log_scale[g])
+        shift = torch.where(self.of_prompt, self.shift[_SHARED], self.shift[g])
+        zero_point = self.zero_point0[row] + shift
+        rounded = zero_point + (torch.round(zero_point) - zero_point).detach()
+        return self.scale0[row] * torch.exp(log_scale), rounded
+
+    def activation(self, row: int) -> ActivationHook:
+        """Fake quantisation of every quantiser in a row."""
+        scale, zero_point = self.affine(row)
+
+        def hook(site: str, x: Tensor) -> Tensor:
+            at = self.column[site]
+            bits = self.bits[row][at]
+            return x if bits == 16 else fake_quantize(x, scale[at], zero_point[at], bits)
+
+        return hook
+
+    def weight_scale(self, layer: str, segment: int) -> Tensor:
+        """[Cout], the scales of one segment's weights."""
+        return self.weight0[layer][segment] * torch.exp(self.log_weight[layer][segment])
+
+    def weight(self, node: Node, segment: int, _: Tensor | None = None) -> Tensor:
+        """The dequantised weights of a layer's segment."""
+        values = self.values[node.kwargs["layer"]][segment]
+        scale = self.weight_scale(node.kwargs["layer"], segment)
+        return values.to(self.dtype) * scale.reshape(-1, *[1] * (values.dim() - 1))
+
+    @torch.no_grad()
+    def keep_representable(self) -> None:
+        """Bring scales back within a factor of their start, and zero points within the range of their bits."""
+        for name, parameter in self.named():
+            if not name.startswith("zero_point."):
+                parameter.clamp_(-_LIMIT, _LIMIT)
+        for g, shift in enumerate(self.shift):
+            torch.clamp(shift, self._low[g], self._high[g], out=shift)
+
+    def _bounds(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Least and greatest shift of every group's zero points."""
+        bits = self.table0.bits.to(self.device)
+        lows, highs = [], []
+        for g in range(len(self.shift)):
+            row = 0 if g == _SHARED else self.group.index(g)
+            low, high = torch.zeros_like(self.scale0[row]), torch.zeros_like(self.scale0[row])
+            for width in (4, 8):
+                first, last = numerics.activation_range(width)
+                low = torch.where(bits[row] == width, first - self.zero_point0[row], low)
+                high = torch.where(bits[row] == width, last - self.zero_point0[row], high)
+            lows.append(low)
+            highs.append(high)
+        return lows, highs
+
+    @torch.no_grad()
+    def table(self) -> Table:
+        """The table with the learnt scales and zero points."""
+        pairs = [self.affine(row) for row in range(len(self.bits))]
+        scale, zero_point = (torch.stack(column).cpu() for column in zip(*pairs, strict=True))
+        floating = self.table0.bits == 16
+        return dataclasses.replace(
+            self.table0,
+            scale=torch.where(floating, self.table0.scale, scale.float()),
+            zero_point=torch.where(floating, self.table0.zero_point, zero_point.to(torch.int32)),
+        )
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, tuple[QuantizedWeight, ...]]:
+        """The same integers with the learnt scales."""
+        return {
+            name: tuple(
+                dataclasses.replace(w, scale=self.weight_scale(name, i).float().cpu()) for i, w in enumerate(parts)
+            )
+            for name, parts in self.weights0.items()
+        }
+
+
+def row_groups(modes: tuple[str, ...], rows: int) -> list[int]:
+    """Group of every row, from 1: neighbours by ``rows`` (0 means all) that run in the same mode learn together."""
+    keys = [(0 if rows == 0 else r // rows, mode) for r, mode in enumerate(modes)]
+    distinct = list(dict.fromkeys(keys))
+    return [distinct.index(key) + 1 for key in keys]
+
+
+class Simulation:
+    """The quantised network with learnt scales, in differentiable floating point, called like a UNet."""
+
+    def __init__(self, model: IntegerUNet, learnt: Learnt) -> None:
+        self.graph, self.learnt, self.row = model.graph, learnt, model.table.row
+        self.constants = {name: value.to(learnt.device) for name, value in model.constants.items()}
+
+    def forward(self, sample: Tensor, timestep: Tensor, **conditioning: Any) -> Tensor:
+        """The simulated prediction in the dtype of what is learnt."""
+        learnt, row = self.learnt, self.row(float(timestep.reshape(-1)[0]))
+        inputs = {"sample": sample, "timestep": timestep, **flatten_conditioning(conditioning)}
+        inputs = {name: value.to(learnt.device) for name, value in inputs.items()}
+        return run_float(
+            self.graph,
+            self.constants,
+            inputs,
+            activation=learnt.activation(row),
+            weight=learnt.weight,
+            dtype=learnt.dtype,
+        )
+
+    __call__ = forward

@@ -1,0 +1,156 @@
+"""The learning loop of alignment: random groups and batches, Adam with a cosine to zero, resumable after a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration.checkpoint import Checkpoint
+from .gradient import accumulate_gradient
+from .learnt import Learnt, Simulation
+from .path import Moment, Path
+
+_SAVE_EVERY = 25  # iterations
+_BETAS, _EPS = (0.9, 0.999), 1e-8
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How alignment learns.
+
+    Args:
+        group: M, consecutive steps whose end is compared.
+        iterations: optimiser steps, each on one group and one batch; 0 learns nothing.
+        batch: samples per network call (twice as many rows with guidance).
+        scale_rate, zero_point_rate, weight_rate: Adam's first step of log activation scales, of zero points (in
+            integers, per bit width's 16 values) and of log weight scales; a cosine takes them to zero.
+        seed: of the order of groups and batches.
+    """
+
+    group: int = 2
+    iterations: int = 400
+    batch: int = 4
+    scale_rate: float = 1e-2
+    zero_point_rate: float = 5e-2
+    weight_rate: float = 1e-3
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One finished iteration; ``loss`` is the mean of L over the last iterations."""
+
+    iteration: int
+    iterations: int
+    loss: float
+    seconds_left: float
+
+
+def group_starts(steps: int, group: int) -> list[tuple[int, int]]:
+    """(first step, number of steps) of consecutive groups; the last may be shorter."""
+    return [(start, min(group, steps - start)) for start in range(0, steps, group)]
+
+
+class Trainer:
+    """Learns on float paths; everything that an iteration depends on is its index and what is learnt so far."""
+
+    def __init__(
+        self, simulation: Simulation, path: Path, settings: Settings, checkpoint: Checkpoint | None = None
+    ) -> None:
+        self.simulation, self.path, self.settings, self.checkpoint = simulation, path, settings, checkpoint
+        self.learnt: Learnt = simulation.learnt
+        self.groups = group_starts(path.length, settings.group)
+        rates = {
+            "scale": settings.scale_rate,
+            "zero_point": settings.zero_point_rate,
+            "weight": settings.weight_rate,
+        }
+        self.parameters = dict(self.learnt.named())
+        by_kind = [
+            {"params": [p for name, p in self.parameters.items() if name.startswith(f"{kind}.")], "rate": rate}
+            for kind, rate in rates.items()
+        ]
+        self.optimiser = torch.optim.Adam(by_kind, lr=0.0, betas=_BETAS, eps=_EPS)
+
+    def run(self, on_iteration: Callable[[Progress], None] | None = None) -> None:
+        """All iterations that an earlier run has not done."""
+        first = self._resume()
+        began = time.monotonic()
+        average = 0.0
+        for iteration in range(first, self.settings.iterations):
+            loss = self._iterate(iteration)
+            done = iteration + 1
+            if self.checkpoint is not None and (done % _SAVE_EVERY == 0 or done == self.settings.iterations):
+                self._save(done)
+            weight = 1 / min(iteration - first + 1, 50)
+            average += weight * (loss - average)
+            left = (time.monotonic() - began) / (done - first) * (self.settings.iterations - done)
+            if on_iteration is not None:
+                on_iteration(Progress(done, self.settings.iterations, average, left))
+
+    def _iterate(self, iteration: int) -> float:
+        """One optimiser step on one group and batch; its loss."""
+        batch, start, count = self._drawn(iteration)
+        moments = self.path.moments[batch]
+        at, target = self._placed(moments[start]), moments[start + count].latents.to(self.learnt.device)
+        self.optimiser.zero_grad(set_to_none=True)  # what has no gradient does not move
+        with torch.enable_grad():
+            loss = accumulate_gradient(
+                self.simulation, self.path.steps, self.path.guidance, at, count, target.to(self.learnt.dtype)
+            )
+        if not math.isfinite(loss):
+            raise ValueError(f"alignment diverged at iteration {iteration}: lower its learning rates")
+        cosine = 0.5 * (1 + math.cos(math.pi * iteration / self.settings.iterations))
+        for kind in self.optimiser.param_groups:
+            kind["lr"] = kind["rate"] * cosine
+        self.optimiser.step()
+        self.learnt.keep_representable()
+        return loss
+
+    def _placed(self, moment: Moment) -> Moment:
+        latents = moment.latents.to(self.learnt.device, self.learnt.dtype)
+        return Moment(moment.index, latents, moment.samples, moment.scheduler)
+
+    def _drawn(self, iteration: int) -> tuple[int, int, int]:
+        """(batch, first step, number of steps): every group with every batch once, in an order of its own, again."""
+        pairs = len(self.groups) * len(self.path.moments)
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + iteration // pairs)
+        pair = int(torch.randperm(pairs, generator=generator)[iteration % pairs])
+        return pair // len(self.groups), *self.groups[pair % len(self.groups)]
+
+    def _save(self, done: int) -> None:
+        assert self.checkpoint is not None
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"{name}/value"] = parameter.detach()
+            state: dict[str, Any] = self.optimiser.state.get(parameter, {})
+            tensors |= {f"{name}/{moment}": state[moment] for moment in _MOMENTS if moment in state}
+        self.checkpoint.save(done, tensors)
+        self.checkpoint.discard_before(done)
+
+    @torch.no_grad()
+    def _resume(self) -> int:
+        """Take up the newest state on disk; the number of iterations that it has behind it."""
+        found = None if self.checkpoint is None else self.checkpoint.newest()
+        if found is None:
+            return 0
+        done, tensors = found
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"{name}/value"])
+            state = {moment: tensors[f"{name}/{moment}"] for moment in _MOMENTS if f"{name}/{moment}" in tensors}
+            if state:
+                step = {"step": state.pop("step")}  # Adam keeps it on the CPU
+                self.optimiser.state[parameter] = {**step, **{k: v.to(parameter) for k, v in state.items()}}
+        return done

@@ -1,0 +1,501 @@
+"""AccuQuant: gradients against autograd through stop-gradients, memory, samplers, and what `align` hands back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import errno
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import networks
+import pytest
+import torch
+from networks import CASES, SAMPLES, STEPS, ddim, normal, relative
+from torch import Tensor
+
+import qdiff_engine as qe
+from qdiff_engine.alignment import training
+from qdiff_engine.alignment.agreement import layer_agreement
+from qdiff_engine.alignment.alignment import end_errors, settings_of
+from qdiff_engine.alignment.gradient import accumulate_gradient, rollout
+from qdiff_engine.alignment.learnt import Learnt, Simulation, row_groups
+from qdiff_engine.alignment.memory import Memory, SavedBytes, estimated
+from qdiff_engine.alignment.path import FloatNetwork, FusedSteps, Moment, OwnSteps, float_path, fused_step
+from qdiff_engine.alignment.path import Path as FloatPath
+from qdiff_engine.alignment.training import Progress, Settings, group_starts
+from qdiff_engine.calibration.calibration import Calibration, calibrate
+from qdiff_engine.graph.interpret import fake_quantize, simulate
+from qdiff_engine.quantization import quantize
+from qdiff_engine.recipe import Recipe
+from qdiff_engine.runtime.model import IntegerUNet, load
+from qdiff_engine.samplers import Stepper
+from qdiff_engine.sampling import denoise
+
+NAME = "guided"
+FILES = ("config.json", "graph.json", "model.safetensors")
+GUIDED = {
+    "guidance_scale": 2.5,
+    "unconditional": {"image": normal(2, 3, 16, 16, seed=5), "y": torch.tensor([0, 2])},
+    "conditioning": CASES[NAME].conditioning,
+}
+
+
+def calibrated(steps: int = STEPS, name: str = NAME, scheduler: Any = None, **keywords: Any) -> Calibration:
+    case = CASES[name]
+    keywords = {"conditioning": case.conditioning, **keywords}
+    scheduler = ddim() if scheduler is None else scheduler
+    return calibrate(networks.network(name), scheduler, shape=case.shape, steps=steps, samples=SAMPLES, **keywords)
+
+
+def quantised(calibration: Calibration, name: str = NAME, recipe: str = "w4a4", **changes: Any) -> IntegerUNet:
+    return quantize(networks.network(name), calibration, Recipe.named(recipe, **changes))
+
+
+def in_float64(model: IntegerUNet, path: FloatPath) -> tuple[Learnt, Simulation, list[Moment]]:
+    learnt = Learnt(model, dtype=torch.float64)
+    with torch.no_grad():  # away from the start, where p = d = 0
+        for i, (_, parameter) in enumerate(learnt.named()):
+            parameter += 0.05 * normal(*parameter.shape, seed=i).double()
+    moments = [dataclasses.replace(m, latents=m.latents.double()) for m in path.moments[0]]
+    return learnt, Simulation(model, learnt), moments
+
+
+def through_autograd(
+    simulation: Simulation, path: FloatPath, start: Moment, count: int, target: Tensor, stop: bool
+) -> None:
+    """The oracle: one graph over all steps, with x' = x + (step(sg(x)) - sg(x)), or without stopping anything."""
+    moment = start
+    for _ in range(count):
+        x = moment.latents
+        held = dataclasses.replace(moment, latents=x.detach() if stop else x)
+        timestep = path.steps.timesteps[moment.index]
+        e = path.guidance.prediction(simulation, path.steps.received(held), timestep, moment.samples)
+        after = path.steps.advance(held, e)
+        moment = dataclasses.replace(after, latents=x + (after.latents - held.latents) if stop else after.latents)
+    (moment.latents - target).square().mean().backward()
+
+
+def taken(learnt: Learnt) -> dict[str, Tensor]:
+    """Every gradient, and a clean slate."""
+    found = {name: p.grad.clone() for name, p in learnt.named() if p.grad is not None}
+    for _, parameter in learnt.named():
+        parameter.grad = None
+    return found
+
+
+def distance(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert actual.keys() == expected.keys() and actual
+    flat = [torch.cat([g[name].flatten() for name in sorted(g)]) for g in (actual, expected)]
+    return relative(flat[0], flat[1])
+
+
+SAMPLERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "ddim": (ddim, {}),
+    "clipped": (lambda: ddim(clip_sample=True), {}),
+    "eta": (ddim, {"eta": 0.7}),
+    "v": (lambda: ddim(prediction_type="v_prediction"), {}),
+    "guided": (ddim, GUIDED),
+    "ddpm": (lambda: diffusers.DDPMScheduler(clip_sample=True), {}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_gradient_is_autograds_through_stopped_steps(sampler: str, count: int) -> None:
+    """To 1e-6 in float64; with one step it is the exact gradient, with more it is not."""
+    make, keywords = SAMPLERS[sampler]
+    calibration = calibrated(steps=6, scheduler=make(), **keywords)
+    path, model = float_path(calibration, batch=2), quantised(calibration)
+    learnt, simulation, moments = in_float64(model, path)
+    start, target = moments[1], moments[1 + count].latents
+    loss = accumulate_gradient(simulation, path.steps, path.guidance, start, count, target)
+    actual = taken(learnt)
+    through_autograd(simulation, path, start, count, target, stop=True)
+    assert distance(actual, taken(learnt)) < 1e-6
+    through_autograd(simulation, path, start, count, target, stop=False)
+    exact = taken(learnt)
+    assert (distance(actual, exact) < 1e-6) == (count == 1)
+    end = rollout(simulation, path.steps, path.guidance, start, count)[-1].latents
+    assert loss == pytest.approx(float((end - target).square().mean()), rel=1e-12)
+    assert {name.split(".")[0] for name in actual} == {"scale", "zero_point", "weight"}
+
+
+def test_memory_does_not_grow_with_the_group() -> None:
+    """Bytes alive for backward are the same for 2, 5, 10 and 25 steps; exact back-propagation's grow with them."""
+    calibration = calibrated(steps=26)
+    path, model = float_path(calibration, batch=2), quantised(calibration)
+    learnt, simulation, moments = in_float64(model, path)
+    replayed, exact = [], []
+    for count in (2, 5, 10, 25):
+        with SavedBytes().counting() as saved:
+            accumulate_gradient(simulation, path.steps, path.guidance, moments[0], count, moments[count].latents)
+        assert saved.now == 0
+        replayed.append(saved.peak)
+        if count <= 10:
+            with SavedBytes().counting() as saved:
+                through_autograd(simulation, path, moments[0], count, moments[count].latents, stop=False)
+            exact.append(saved.peak)
+    assert len(set(replayed)) == 1 and replayed[0] > 0
+    per_step = (exact[1] - exact[0]) / 3
+    assert per_step > 0.5 * replayed[0]  # linear: one more call's activations for every step more
+    assert exact[2] - exact[1] == pytest.approx(5 * per_step, rel=0.02)
+
+
+def test_fake_quantize_has_the_gradients_of_lsq() -> None:
+    """dy/ds = round(x/s) - x/s inside and the end minus z outside; dy/dz = -s outside; dy/dx = 1 inside. By hand."""
+    x = torch.tensor([0.26, -0.9, 3.0, -3.0], dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
+    zero_point = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    y = fake_quantize(x, scale, zero_point, 4)
+    assert y.tolist() == [0.25, -1.0, 1.25, -2.5]  # q = 1 + 2, -4 + 2, 7, -8
+    weight = torch.tensor([1.0, 10.0, 100.0, 1000.0], dtype=torch.float64)
+    (y * weight).sum().backward()
+    assert x.grad is not None and scale.grad is not None and zero_point.grad is not None
+    assert x.grad.tolist() == [1.0, 10.0, 0.0, 0.0]
+    expected = (1 - 1.04) + 10 * (-4 + 3.6) + 100 * (7 - 2) + 1000 * (-8 - 2)
+    assert float(scale.grad) == pytest.approx(expected, rel=1e-12)
+    assert float(zero_point.grad) == pytest.approx(-0.25 * 1100, rel=1e-12)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("kind", ["ddim", "ddpm"])
+def test_steps_are_the_samplers(kind: str, prediction_type: str) -> None:
+    """The differentiable step walks the deployment sampler's trajectory, its noise included."""
+    scheduler: Any = diffusers.DDPMScheduler if kind == "ddpm" else ddim
+    scheduler = scheduler(clip_sample=True, prediction_type=prediction_type)
+    eta = 0.5 if kind == "ddim" else 0.0
+    predictions = [normal(3, 2, 4, 4, seed=i) for i in range(6)]
+    visited: list[Any] = []
+    denoise(
+        None,
+        scheduler,
+        normal(3, 2, 4, 4, seed=9),
+        steps=6,
+        seed=3,
+        eta=eta,
+        recorded=dict(enumerate(predictions)),
+        on_step=visited.append,
+    )
+    steps = FusedSteps(Stepper(scheduler, 6, eta, 3, 3), (3, 2, 4, 4))
+    for samples in (range(3), range(1, 3)):
+        part = slice(samples.start, samples.stop)
+        moment = Moment(0, visited[0].sample[part], samples)
+        for step, prediction in zip(visited, predictions, strict=True):
+            moment = steps.advance(moment, prediction[part])
+            assert relative(moment.latents, step.previous[part]) < 1e-6
+        assert moment.index == 6
+
+
+@pytest.mark.parametrize(
+    "name", ["EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"]
+)
+def test_other_samplers_replay_their_state(name: str) -> None:
+    """Ancestral noise, a history of predictions, two calls a step: every replay of a step gives the same latents."""
+    calibration = calibrated(scheduler=getattr(diffusers, name)())
+    path = float_path(calibration, batch=3)
+    assert [len(moments) for moments in path.moments] == [len(path.steps.timesteps) + 1] * 2
+    for moments, some in zip(path.moments, (slice(0, 3), slice(3, 4)), strict=True):
+        for moment, received in zip(moments, calibration.trajectory.samples, strict=False):
+            if name != "EulerAncestralDiscreteScheduler":  # its noise is alignment's own
+                assert relative(path.steps.received(moment), received[some]) < 1e-5
+    errors = end_errors(FloatNetwork(calibration), calibration, group=2)
+    assert max(errors) < 1e-5  # the float network stays on its own path
+    aligned = qe.align(quantised(calibration), calibration, Settings(group=2, iterations=4, batch=2))
+    assert not torch.equal(aligned.table.scale, quantised(calibration).table.scale)
+
+
+def test_a_step_that_is_not_differentiable_is_refused() -> None:
+    class Detached(type(ddim())):  # type: ignore[misc]
+        def step(self, model_output: Tensor, *args: Any, **keywords: Any) -> Any:
+            return super().step(model_output.detach(), *args, **keywords)
+
+    stepper = Stepper(Detached(**{k: v for k, v in ddim().config.items() if not k.startswith("_")}), 4, 0.0, 0, 2)
+    assert stepper.coefficients is None
+    moment = Moment(0, normal(2, 3, 4, 4), range(2), stepper.scheduler)
+    with pytest.raises(ValueError, match="Detached's step is not differentiable"):
+        OwnSteps(stepper, 0).advance(moment, normal(2, 3, 4, 4).requires_grad_())
+
+
+def test_learning_nothing_changes_nothing() -> None:
+    """At the start the tables and scales are the model's, bit for bit, and the simulation is the one of `simulate`."""
+    model = networks.integer_model("sd", "w4a8")
+    learnt = Learnt(model)
+    table, weights = learnt.table(), learnt.weights()
+    assert torch.equal(table.scale, model.table.scale) and torch.equal(table.zero_point, model.table.zero_point)
+    for name, parts in model.weights.items():
+        for old, new in zip(parts, weights[name], strict=True):
+            assert torch.equal(old.scale, new.scale) and torch.equal(old.values, new.values)
+    step, given = networks.trajectory("sd")[1], networks.conditioning("sd", SAMPLES)
+    inputs = networks.flat_inputs(model, step.sample, step.timestep, given)
+    learnt64 = Learnt(model, dtype=torch.float64)
+    with torch.no_grad():
+        simulated = Simulation(model, learnt64)(step.sample, inputs["timestep"], **given)
+    expected = simulate(model.graph, model.constants, model.weights, model.table, inputs)
+    assert relative(simulated, expected) < 1e-3  # ties, divided here and multiplied there
+
+
+def test_rows_that_share_a_range_learn_together() -> None:
+    assert row_groups(("A4",) * 4, 1) == [1, 2, 3, 4]
+    assert row_groups(("A4",) * 4, 0) == [1, 1, 1, 1]
+    assert row_groups(("A8", "A4", "A4", "A8", "A8"), 2) == [1, 2, 3, 4, 5]
+    assert row_groups(("A8", "A4", "A8", "A8"), 3) == [1, 2, 1, 3]
+    assert group_starts(7, 3) == [(0, 3), (3, 3), (6, 1)] and group_starts(4, 5) == [(0, 4)]
+
+
+@pytest.fixture(scope="module")
+def aligned() -> tuple[IntegerUNet, IntegerUNet, Calibration, list[Progress], list[Memory]]:
+    calibration, told, memory = networks.calibration("sd"), [], []
+    model = quantised(calibration, "sd", rows="group:2")
+    settings = Settings(group=2, iterations=40, batch=2, scale_rate=0.05, zero_point_rate=0.2, weight_rate=0.02)
+    new = qe.align(model, calibration, settings, on_start=memory.append, on_iteration=told.append)
+    return model, new, calibration, told, memory
+
+
+def test_alignment_lowers_the_error_of_the_integers(aligned: Any) -> None:
+    """Measured through the runtime, with the same integers; shared ranges and those of the prompt stay shared."""
+    model, new, calibration, told, memory = aligned
+    before, after = (end_errors(m, calibration, group=2) for m in (model, new))
+    print("relative error at the groups' ends", before, "->", after)
+    assert sum(after) < 0.8 * sum(before)
+    assert new.recipe == dataclasses.replace(model.recipe, align="accuquant:2")
+    for name, parts in model.weights.items():
+        for old, learnt in zip(parts, new.weights[name], strict=True):
+            assert torch.equal(old.values, learnt.values) and bool((learnt.scale > 0).all())
+    assert any(
+        not torch.equal(o.scale, n.scale)
+        for k in model.weights
+        for o, n in zip(model.weights[k], new.weights[k], strict=True)
+    )
+    scale, zero_point = new.table.scale, new.table.zero_point
+    assert torch.equal(scale[0::2], scale[1::2]) and torch.equal(zero_point[0::2], zero_point[1::2])
+    assert not torch.equal(zero_point, model.table.zero_point)
+    floating = model.table.bits == 16
+    assert torch.equal(scale[floating], model.table.scale[floating])
+    prompt = [n.kwargs["site"] for n in model.graph.nodes if "site" in n.kwargs and n.section == "prompt"]
+    columns = [model.table.sites.index(site) for site in prompt]
+    assert columns and bool((scale[:, columns] == scale[0, columns]).all())
+    assert not torch.equal(scale[0, columns], model.table.scale[0, columns])
+    assert [p.iteration for p in told] == list(range(1, 41)) and told[-1].seconds_left == 0
+    (found,) = memory
+    assert found.total > found.saved > 0
+
+
+def test_aligned_model_is_an_artifact_like_any_other(aligned: Any, tmp_path: Path) -> None:
+    _, new, _, _, _ = aligned
+    new.save_pretrained(tmp_path / "artifact")
+    loaded = load(tmp_path / "artifact")
+    step, given = networks.trajectory("sd")[1], networks.conditioning("sd", SAMPLES)
+    assert torch.equal(loaded(step.sample, step.timestep, **given)[0], new(step.sample, step.timestep, **given)[0])
+    assert loaded.recipe.align == "accuquant:2"
+
+
+@pytest.mark.parametrize("name", ["sd", "plain", "guided", "patches"])
+def test_simulation_and_integers_differ_by_rounding_only(name: str) -> None:
+    """After learning, layer by layer: the same integers but for ties, and outputs to float32's precision."""
+    calibration = networks.calibration(name)
+    model = qe.align(quantised(calibration, name), calibration, Settings(group=2, iterations=6, batch=2))
+    for step in networks.trajectory(name):
+        given = networks.conditioning(name, SAMPLES)
+        rows = layer_agreement(model, networks.flat_inputs(model, step.sample, step.timestep, given))
+        assert {row.name for row in rows} == set(model.weights)
+        assert max(row.error for row in rows) < 1e-5 and max(row.furthest for row in rows) <= 1
+        assert max(row.flipped for row in rows) < 1e-3
+        assert json.loads(json.dumps(rows[0].to_dict()))["name"] == rows[0].name
+
+
+def test_a_layer_that_is_not_the_simulations_is_found() -> None:
+    """Weights that the simulation does not have show in their own layer, and in no other."""
+    model, step = networks.integer_model("guided", "w4a4"), networks.trajectory("guided")[1]
+    inputs = networks.flat_inputs(model, step.sample, step.timestep, networks.conditioning("guided", SAMPLES))
+    wrong = copy.copy(model)
+    wrong.weights = _Changing(model.weights, victim := list(model.weights)[1])
+    found = {row.name: row.error for row in layer_agreement(wrong, inputs)}
+    assert found.pop(victim) > 1e-2 and max(found.values()) < 1e-5
+
+
+class _Changing(dict):
+    """Weights whose ``victim`` is another every other time that it is asked for: once for each of two readers."""
+
+    def __init__(self, weights: dict[str, Any], victim: str) -> None:
+        super().__init__(weights)
+        self.victim, self.asked = victim, 0
+
+    def __getitem__(self, name: str) -> Any:
+        parts = super().__getitem__(name)
+        if name != self.victim:
+            return parts
+        self.asked += 1
+        return parts if self.asked % 2 else tuple(dataclasses.replace(w, scale=w.scale * 1.1) for w in parts)
+
+
+def test_the_path_is_the_calibrations_own() -> None:
+    """With guidance and noise, too: what the UNet received, and the start of every group."""
+    calibration = calibrated(eta=0.5, **GUIDED)
+    (moments,) = float_path(calibration, batch=SAMPLES).moments
+    for moment, received in zip(moments, calibration.trajectory.samples, strict=False):
+        assert torch.equal(moment.latents, received)
+    assert len(moments) == STEPS + 1
+    assert max(end_errors(FloatNetwork(calibration), calibration, group=3)) < 1e-5
+
+
+def test_zero_iterations_are_the_plain_path(tmp_path: Path) -> None:
+    """The artifact's three files are the plain one's, byte for byte."""
+    calibration = networks.calibration(NAME)
+    plain = quantised(calibration)
+    untouched = qe.align(plain, calibration, Settings(group=2, iterations=0))
+    for model, folder in ((plain, "a"), (untouched, "b")):
+        model.save_pretrained(tmp_path / folder)
+    for file in FILES:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_quantize_aligns_where_the_recipe_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `align` does afterwards, on rows of the plan that was chosen."""
+    monkeypatch.setattr(Settings, "__init__", functools.partialmethod(Settings.__init__, iterations=2, batch=2))
+    calibration = networks.calibration(NAME)
+    at_once = quantised(calibration, align="accuquant:3")
+    after = qe.align(quantised(calibration), calibration, Settings(group=3))
+    assert at_once.recipe == after.recipe == Recipe.named("w4a4", align="accuquant:3")
+    assert torch.equal(at_once.table.scale, after.table.scale)
+    assert not torch.equal(at_once.table.scale, quantised(calibration).table.scale)
+
+
+_ALIGN = """
+import sys, torch, networks, qdiff_engine as qe
+from qdiff_engine.alignment import training
+from qdiff_engine.alignment.training import Settings
+torch.set_num_threads(1)
+training._SAVE_EVERY = 3
+calibration = networks.calibration("guided")
+model = qe.quantize(networks.network("guided"), calibration, qe.Recipe.named("w4a4"))
+def told(progress):
+    print(progress.iteration, flush=True)
+model = qe.align(model, calibration, Settings(iterations=60, batch=2), cache_dir=sys.argv[1], on_iteration=told)
+model.save_pretrained(sys.argv[2])
+"""
+
+
+def aligning(folder: Path, name: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", _ALIGN, str(folder / f"{name}.partial"), str(folder / name)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_alignment_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    """kill -9 twice; what follows starts at the last state on disk."""
+    whole = aligning(tmp_path, "whole")
+    assert whole.stdout is not None
+    assert [int(line) for line in whole.stdout] == list(range(1, 61)) and whole.wait() == 0
+    firsts = []
+    for stop in (8, 31, None):
+        process = aligning(tmp_path, "killed")
+        assert process.stdout is not None
+        lines = iter(process.stdout)
+        firsts.append(int(next(lines)))
+        for line in lines:
+            if stop is not None and int(line) >= stop:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.close()
+        assert process.wait() == (0 if stop is None else -signal.SIGKILL)
+    assert firsts[0] == 1 and 6 < firsts[1] <= 31 < firsts[2]
+    for file in FILES:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
+
+
+def test_work_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
+    calibration = networks.calibration(NAME)
+    model, counts = quantised(calibration), []
+    for seed in (0, 0, 1):
+        told: list[Progress] = []
+        settings = Settings(iterations=3, batch=2, seed=seed)
+        qe.align(model, calibration, settings, cache_dir=tmp_path / "work", on_iteration=told.append)
+        counts.append(len(told))
+    assert counts == [3, 0, 3]
+
+
+def test_bad_arguments() -> None:
+    calibration, model = networks.calibration(NAME), networks.integer_model(NAME, "w4a4")
+    for settings, message in (
+        ({"group": STEPS + 1}, f"group must be at most the sampler's {STEPS} steps, got {STEPS + 1}"),
+        ({"group": 0}, "group must be at least 1"),
+        ({"iterations": -1}, "iterations must be at least 0"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"scale_rate": float("nan")}, "scale_rate must be a finite number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            qe.align(model, calibration, Settings(**settings))
+    with pytest.raises(TypeError, match="model must be an IntegerUNet, got str"):
+        qe.align("model", calibration)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="calibration must come from"):
+        qe.align(model, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="calibration is not the one"):
+        qe.align(model, networks.calibration("unet2d"))
+    shifted = dataclasses.replace(model.table, output_shift=model.table.output_shift + 1)
+    with pytest.raises(ValueError, match="corrected already; align it first"):
+        qe.align(model.with_table(shifted), calibration)
+    with pytest.raises(ValueError, match="diverged at iteration"):
+        qe.align(model, calibration, Settings(iterations=9, batch=2, weight_rate=1e30, scale_rate=1e30))
+    for wrong in ("accuquant", "accuquant:0", "accuquant:-1", "multi:2", 2, None):
+        with pytest.raises(ValueError, match="align must be 'none' or 'accuquant:M'"):
+            Recipe(align=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_running_out_of_memory_names_the_setting(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    calibration, model = networks.calibration(NAME), networks.integer_model(NAME, "w4a4")
+    monkeypatch.setattr(training, "accumulate_gradient", fails)
+    with pytest.raises(OSError, match="not enough memory to align 3 samples at a time; lower batch") as found:
+        qe.align(model, calibration, Settings(iterations=2, batch=3))
+    assert found.value.errno == errno.ENOMEM
+    monkeypatch.setattr(training, "accumulate_gradient", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        qe.align(model, calibration, Settings(iterations=2, batch=3))
+
+
+def test_memory_estimate_is_what_a_call_saves() -> None:
+    """From calls with one and two samples: within 2 % of what three guided samples really keep."""
+    calibration = calibrated(**GUIDED)
+    path, model = float_path(calibration, batch=3), quantised(calibration)
+    simulation = Simulation(model, Learnt(model))
+    moments = path.moments[0]
+    with SavedBytes().counting() as saved:
+        accumulate_gradient(simulation, path.steps, path.guidance, moments[0], 2, moments[2].latents)
+    assert estimated(simulation, path, 3).saved == pytest.approx(saved.peak, rel=0.02)
+
+
+def test_fused_step_is_affine_where_nothing_clips() -> None:
+    """x' = cx x + ce e + ..., the factor of e being the sampler's own output coefficient, with its sign."""
+    rows = Stepper(ddim(), 10, 0.0, 0, 1).coefficients
+    assert rows is not None
+    for row in rows:
+        x, e = normal(1, 1, 2, 2).double(), normal(1, 1, 2, 2, seed=2).double().requires_grad_()
+        fused_step(row, x, e, None).sum().backward()
+        assert e.grad is not None
+        assert e.grad.flatten().tolist() == pytest.approx([row.output_coefficient] * 4, rel=1e-9, abs=1e-12)
+        assert row.output_coefficient < 0
+
+
+def test_time_left_is_honest() -> None:
+    began = time.monotonic()
+    told: list[Progress] = []
+    calibration = networks.calibration(NAME)
+    qe.align(quantised(calibration), calibration, Settings(iterations=4, batch=4), on_iteration=told.append)
+    assert all(0 <= p.seconds_left <= 4 * (time.monotonic() - began) for p in told)
+    assert all(p.loss > 0 for p in told)
