@@ -26,7 +26,7 @@ from torch import Tensor
 import qdiff_engine as qe
 from qdiff_engine.alignment import training
 from qdiff_engine.alignment.agreement import layer_agreement
-from qdiff_engine.alignment.alignment import end_errors, settings_of
+from qdiff_engine.alignment.alignment import end_errors
 from qdiff_engine.alignment.gradient import accumulate_gradient, rollout
 from qdiff_engine.alignment.learnt import Learnt, Simulation, row_groups
 from qdiff_engine.alignment.memory import Memory, SavedBytes, estimated
@@ -257,7 +257,7 @@ def test_rows_that_share_a_range_learn_together() -> None:
 def aligned() -> tuple[IntegerUNet, IntegerUNet, Calibration, list[Progress], list[Memory]]:
     calibration, told, memory = networks.calibration("sd"), [], []
     model = quantised(calibration, "sd", rows="group:2")
-    settings = Settings(group=2, iterations=40, batch=2, scale_rate=0.05, zero_point_rate=0.2, weight_rate=0.02)
+    settings = Settings(group=2, iterations=24, batch=2, scale_rate=0.05, zero_point_rate=0.2, weight_rate=0.02)
     new = qe.align(model, calibration, settings, on_start=memory.append, on_iteration=told.append)
     return model, new, calibration, told, memory
 
@@ -286,7 +286,7 @@ def test_alignment_lowers_the_error_of_the_integers(aligned: Any) -> None:
     columns = [model.table.sites.index(site) for site in prompt]
     assert columns and bool((scale[:, columns] == scale[0, columns]).all())
     assert not torch.equal(scale[0, columns], model.table.scale[0, columns])
-    assert [p.iteration for p in told] == list(range(1, 41)) and told[-1].seconds_left == 0
+    assert [p.iteration for p in told] == list(range(1, 25)) and told[-1].seconds_left == 0
     (found,) = memory
     assert found.total > found.saved > 0
 
@@ -372,46 +372,42 @@ def test_quantize_aligns_where_the_recipe_says_so(monkeypatch: pytest.MonkeyPatc
 
 
 _ALIGN = """
-import sys, torch, networks, qdiff_engine as qe
-from qdiff_engine.alignment import training
-from qdiff_engine.alignment.training import Settings
+import os, signal, sys, torch, networks, qdiff_engine as qe
+from test_alignment import resumable
 torch.set_num_threads(1)
-training._SAVE_EVERY = 3
-calibration = networks.calibration("guided")
-model = qe.quantize(networks.network("guided"), calibration, qe.Recipe.named("w4a4"))
+seen = []
 def told(progress):
-    print(progress.iteration, flush=True)
-model = qe.align(model, calibration, Settings(iterations=60, batch=2), cache_dir=sys.argv[1], on_iteration=told)
-model.save_pretrained(sys.argv[2])
+    seen.append(progress.iteration)
+    if progress.iteration == int(sys.argv[2]):
+        print(seen[0], flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+resumable(sys.argv[1], told)
 """
 
 
-def aligning(folder: Path, name: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", _ALIGN, str(folder / f"{name}.partial"), str(folder / name)]
+def resumable(folder: str | Path | None, told: Callable[[Progress], None]) -> IntegerUNet:
+    """The run that is killed: its state is written every 3 of 24 iterations."""
+    training.SAVE_EVERY = 3
+    calibration = networks.calibration(NAME)
+    settings = Settings(iterations=24, batch=2)
+    return qe.align(quantised(calibration), calibration, settings, cache_dir=folder, on_iteration=told)
+
+
+def test_killed_alignment_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kill -9 twice, between two states on disk and right after one; what follows starts at the last of them."""
+    monkeypatch.setattr(training, "SAVE_EVERY", training.SAVE_EVERY)
+    work, told = tmp_path / "work", list[Progress]()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-
-def test_killed_alignment_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    """kill -9 twice; what follows starts at the last state on disk."""
-    whole = aligning(tmp_path, "whole")
-    assert whole.stdout is not None
-    assert [int(line) for line in whole.stdout] == list(range(1, 61)) and whole.wait() == 0
-    firsts = []
-    for stop in (8, 31, None):
-        process = aligning(tmp_path, "killed")
-        assert process.stdout is not None
-        lines = iter(process.stdout)
-        firsts.append(int(next(lines)))
-        for line in lines:
-            if stop is not None and int(line) >= stop:
-                process.send_signal(signal.SIGKILL)
-                break
-        process.stdout.close()
-        assert process.wait() == (0 if stop is None else -signal.SIGKILL)
-    assert firsts[0] == 1 and 6 < firsts[1] <= 31 < firsts[2]
+    for stop, first in ((8, 1), (19, 7)):
+        command = [sys.executable, "-c", _ALIGN, str(work), str(stop)]
+        killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert (killed.returncode, killed.stdout) == (-signal.SIGKILL, f"{first}\n"), killed.stderr
+    with networks.threads(1):
+        resumable(work, told.append).save_pretrained(tmp_path / "resumed")
+        resumable(None, lambda _: None).save_pretrained(tmp_path / "whole")
+    assert [p.iteration for p in told] == list(range(19, 25))
     for file in FILES:
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "resumed" / file).read_bytes()
 
 
 def test_work_of_other_settings_is_not_resumed(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import numerics
-from ..graph.interpret import evaluate, simulate
+from ..calibration.calibration import Calibration
+from ..graph.interpret import evaluate, flatten_conditioning, simulate
 from ..graph.ir import Node
 from ..runtime.executor import Compiler, Row, Values, make_rows
 from ..runtime.lowering import unrearranged
 from ..runtime.model import IntegerUNet
+from ..sampling import check_count, conditioning_for, timestep_tensor
 
 _PRODUCTS = ("int_gemm", "int_conv2d")
 
@@ -55,6 +57,25 @@ def layer_agreement(model: IntegerUNet, inputs: Mapping[str, Tensor]) -> list[La
     weights, table = model.weights, model.table
     simulate(model.graph, model.constants, weights, table, inputs, dtype=torch.float32, observe=lockstep.follow)
     return lockstep.found
+
+
+def calibrated_agreement(model: IntegerUNet, calibration: Calibration, samples: int = 2) -> list[LayerAgreement]:
+    """The worst of every layer at the first, the middle and the last step of the calibration's trajectories."""
+    trajectory, worst = calibration.trajectory, dict[str, LayerAgreement]()
+    samples = min(check_count("samples", samples), len(trajectory.samples[0]))
+    given = flatten_conditioning(conditioning_for(calibration.guidance.conditioning, range(samples)))
+    for step in sorted({0, len(trajectory.timesteps) // 2, len(trajectory.timesteps) - 1}):
+        timestep = timestep_tensor(trajectory.timesteps[step], samples)
+        inputs = {"sample": trajectory.samples[step][:samples], "timestep": timestep, **given}
+        for layer in layer_agreement(model, inputs):
+            known = worst.get(layer.name, layer)
+            worst[layer.name] = LayerAgreement(
+                layer.name,
+                max(known.flipped, layer.flipped),
+                max(known.furthest, layer.furthest),
+                max(known.error, layer.error),
+            )
+    return list(worst.values())
 
 
 class _Lockstep:

@@ -17,7 +17,7 @@ from .gradient import accumulate_gradient
 from .learnt import Learnt, Simulation
 from .path import Moment, Path
 
-_SAVE_EVERY = 25  # iterations
+SAVE_EVERY = 25  # iterations
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -92,7 +92,7 @@ class Trainer:
         for iteration in range(first, self.settings.iterations):
             loss = self._iterate(iteration)
             done = iteration + 1
-            if self.checkpoint is not None and (done % _SAVE_EVERY == 0 or done == self.settings.iterations):
+            if self.checkpoint is not None and (done % SAVE_EVERY == 0 or done == self.settings.iterations):
                 self._save(done)
             weight = 1 / min(iteration - first + 1, 50)
             average += weight * (loss - average)

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from .learning import align_options, align_settings, align_summary, aligned
 from .options import (
     Command,
     check_eta,
@@ -70,6 +71,7 @@ CORRECTION_SEED = 10_000  # added to --seed: corrections see other trajectories 
     help="Quantisation noise removed at run time: none, ptqd, mmse or ner, with '+ibc' and '+vsc' appended.",
 )
 @count_option("--correct-samples", 256, "Trajectories that --correct measures the noise on.")
+@align_options
 @sampling_options
 @machine_options
 @pass_output
@@ -90,6 +92,9 @@ def calibrate(
     plan: str | None,
     correction: str,
     correct_samples: int,
+    align: str,
+    align_iterations: int | None,
+    align_batch: int | None,
     eta: float | None,
     guidance: float | None,
     conditioning: Path | None,
@@ -106,7 +111,8 @@ def calibrate(
 
     recipe = Recipe.named(recipe_name, observer=observer, weights=weights, rows=rows, edges=edges, equalise=equalise)
     check_correct(correction)
-    use_machine(device, threads)
+    alignment = align_settings(align, align_iterations, align_batch, seed)
+    place = use_machine(device, threads)
     guided = guidance_arguments(conditioning, guidance)
     loaded = load_model(model)
     needed = example_conditioning(loaded.unet.config)
@@ -152,6 +158,7 @@ def calibrate(
             on_trial=advance,
             on_plan=choices.append,
         )
+    quantized, learning = aligned(output, quantized, calibration, alignment, partial, place)
     if correction != "none":
         settings = {**guided, "samples": correct_samples, "seed": seed + CORRECTION_SEED, "batch": batch}
         quantized = corrected(output, quantized, loaded.unet, scheduler, correction, partial, settings)
@@ -165,6 +172,7 @@ def calibrate(
         "layers_quantized": integers,
         "layers_float": len(layers) - integers,
         "plan": choices[0].to_dict() if choices else None,
+        "align": learning,
     }
     output.result(data, lambda console: console.print(_calibrated(data), soft_wrap=True))
 
@@ -208,6 +216,8 @@ def _calibrated(data: dict[str, Any]) -> str:
         f"{data['artifact']}: {data['layers_quantized']} layers on integers, {data['layers_float']} in floating point"
         f" ({data['seconds']:.0f} s)"
     )
+    if data["align"] is not None:
+        text += f"\n{align_summary(data['align'])}"
     if plan is None:
         return text
     shares = ", ".join(f"{share:.0%} of the steps at {mode}" for mode, share in plan["shares"].items() if share)

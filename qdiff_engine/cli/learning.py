@@ -1,0 +1,91 @@
+"""Stages of ``qdiff calibrate`` that learn, their settings and what they report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import Function, count_option
+from .output import Output, megabytes
+
+
+def align_options(function: Function) -> Function:
+    """--align, --align-iterations, --align-batch."""
+    for option in (
+        count_option("--align-batch", None, "Samples per call of --align, by default 4; fewer take less memory."),
+        count_option("--align-iterations", None, "Optimiser steps of --align, by default 400.", least=0),
+        click.option(
+            "--align",
+            default="none",
+            show_default=True,
+            help="Learn step sizes over groups of M denoising steps: none or accuquant:M.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def aligned(
+    output: Output, model: Any, calibration: Any, settings: Any, partial: Path, device: Any
+) -> tuple[Any, dict[str, Any] | None]:
+    """(the model with learnt step sizes, what that did) for `alignment.training.Settings`; None of 0 iterations."""
+    from ..alignment.agreement import calibrated_agreement
+    from ..alignment.alignment import align, end_errors
+
+    if settings.iterations == 0:
+        return model, None
+    peak: list[int] = []
+
+    def started(memory: Any) -> None:
+        peak.append(memory.total)
+        output.note(
+            f"aligning takes about {megabytes(memory.total)} at its peak, {megabytes(memory.saved)} of it for the "
+            f"{settings.batch} samples of a call (--align-batch)"
+        )
+
+    with output.progress("aligning", settings.iterations) as advance:
+        new = align(
+            model,
+            calibration,
+            settings,
+            device=device,
+            cache_dir=partial / "align",
+            on_start=started,
+            on_iteration=lambda p: advance(f"aligning, loss {p.loss:.2e}"),
+        )
+    before, after = (end_errors(m, calibration, settings.group) for m in (model, new))
+    found = {
+        **settings.to_dict(),
+        "memory_bytes": peak[0],
+        "end_error_before": sum(before) / len(before),
+        "end_error": sum(after) / len(after),
+        "layers": [layer.to_dict() for layer in calibrated_agreement(new, calibration)],
+    }
+    return new, found
+
+
+def align_summary(found: dict[str, Any]) -> str:
+    """What alignment did, for people."""
+    worst = max(found["layers"], key=lambda layer: layer["error"])
+    flipped = max(layer["flipped"] for layer in found["layers"])
+    furthest = max(layer["furthest"] for layer in found["layers"])
+    return (
+        f"aligned over groups of {found['group']} steps: error at their ends {found['end_error_before']:.4f} -> "
+        f"{found['end_error']:.4f}, through the integers\n"
+        f"simulation and integers differ by at most {worst['error']:.1e} in a layer ({worst['name']}), and by "
+        f"{furthest} in {flipped:.2%} of a layer's input integers"
+    )
+
+
+def align_settings(align: str, iterations: int | None, batch: int | None, seed: int) -> Any:
+    """The settings of ``--align``, checked before any work; None is a setting's default."""
+    from ..alignment.training import Settings
+    from ..recipe import check_align
+
+    group = check_align(align)
+    if group is None:
+        return Settings(iterations=0)
+    given = {"iterations": iterations, "batch": batch}
+    return Settings(group=group, seed=seed, **{name: value for name, value in given.items() if value is not None})
