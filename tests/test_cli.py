@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import networks
 import pytest
 import safetensors.torch
 import torch
@@ -95,7 +96,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
 
 def test_calibrate_then_inspect(run: Run, calibrated: tuple[Path, dict[str, Any]]) -> None:
     target, data = calibrated
-    assert set(data) == {"artifact", "seconds", "layers_quantized", "layers_float", "plan"}
+    assert set(data) == {"artifact", "seconds", "layers_quantized", "layers_float", "plan", "align"}
     assert data["artifact"] == str(target) and [p.name for p in target.parent.iterdir()] == ["art"]
     shown = loaded(run("inspect", target, "--json"))
     assert set(shown) == {"schema_version", "recipe", "size_bytes", "float_size_bytes", "rows", "plan", "layers"}
@@ -315,6 +316,42 @@ def test_interrupted_and_killed_calibration_resumes_to_the_same_bytes(
         assert (target / name).read_bytes() == (calibrated[0] / name).read_bytes()
 
 
+def test_alignment_killed_and_resumed_gives_the_same_bytes(run: Run, tmp_path: Path) -> None:
+    """kill -9 while it learns; what is learnt is in the artifact, and what it did in the result."""
+    networks.unet2d().save_pretrained(tmp_path / "model" / "unet")
+    networks.ddim().save_pretrained(tmp_path / "model" / "scheduler")
+    arguments = ["calibrate", tmp_path / "model", *TINY, "--recipe", "w4a4", "--threads", "1"]
+    arguments += ["--align", "accuquant:2", "--align-batch", "1", "--align-iterations"]
+    process = start(*arguments, "30", "--out", "killed", folder=tmp_path)
+    wait_for(tmp_path / "killed.partial" / "align" / "step-00025.safetensors", process)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    with networks.threads(1):
+        done = [run(*arguments, "30", "--out", tmp_path / out, "--json") for out in ("killed", "whole")]
+    killed, whole = (loaded(result)["align"] for result in done)
+    assert killed == whole and not (tmp_path / "killed.partial").exists()
+    for name in ("config.json", "graph.json", "model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert all("MB at its peak" in error for _, _, error in done)
+    assert (whole["group"], whole["iterations"], whole["batch"]) == (2, 30, 1)
+    assert whole["end_error"] < whole["end_error_before"] and whole["memory_bytes"] > 1e5
+    layers = loaded(run("inspect", tmp_path / "whole", "--json"))["layers"]
+    assert {layer["name"] for layer in whole["layers"]} == {row["name"] for row in layers if row["quantized"]}
+    assert max(layer["error"] for layer in whole["layers"]) < 1e-5
+    assert max(layer["furthest"] for layer in whole["layers"]) <= 1
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["recipe"]["align"] == "accuquant:2"
+
+
+def test_alignment_of_no_iterations_is_the_plain_artifact(
+    run: Run, calibrated: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    arguments = ["calibrate", "demo", *TINY, "--align", "accuquant:3", "--align-iterations", "0"]
+    assert loaded(run(*arguments, "--out", tmp_path / "art", "--json"))["align"] is None
+    for name in ("config.json", "graph.json", "model.safetensors"):
+        assert (tmp_path / "art" / name).read_bytes() == (calibrated[0] / name).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -328,6 +365,8 @@ def test_interrupted_and_killed_calibration_resumes_to_the_same_bytes(
         (["calibrate", "demo", "--weights", "magic", "--out", "x"], ["weights", "nearest"]),
         (["calibrate", "demo", "--rows", "group:0", "--out", "x"], ["rows", "group:K"]),
         (["calibrate", "demo", "--edges", "a4", "--out", "x"], ["edges", "a16"]),
+        (["calibrate", "demo", "--align", "accuquant", "--out", "x"], ["align", "accuquant:M"]),
+        (["calibrate", "demo", "--align-batch", "0", "--out", "x"], ["--align-batch"]),
         (["calibrate", "demo", "--plan", "none.json", "--out", "x"], ["none.json", "no such file"]),
         (["calibrate", "demo", "--plan", "budget:0.4", "--out", "x"], ["budget:0.4", "0.5 to 2"]),
         (["calibrate", "demo", "--plan", "preset:mnist", "--out", "x"], ["mnist", "imagenet-250"]),
