@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import numerics
-from ..graph.interpret import ActivationHook, fake_quantize, flatten_conditioning, run_float
+from ..graph.interpret import ActivationHook, fake_quantize, flatten_conditioning, per_channel, run_float
 from ..graph.ir import Node
 from ..runtime.model import IntegerUNet
 from ..tables import Table
@@ -45,9 +45,10 @@ class Learnt:
         self.group = row_groups(table.modes, model.recipe.row_group())
         zeros = [torch.zeros(len(table.sites), device=device, dtype=dtype) for _ in range(2 * (max(self.group) + 1))]
         self.log_scale, self.shift = (part for part in (zeros[0::2], zeros[1::2]))
-        self.values = {name: [w.values.to(device) for w in parts] for name, parts in model.weights.items()}
-        self.weight0 = {name: [w.scale.to(device, dtype) for w in parts] for name, parts in model.weights.items()}
-        self.log_weight = {name: [torch.zeros_like(s) for s in parts] for name, parts in self.weight0.items()}
+        self.fixed = {name: [w.dequantize(dtype).to(device) for w in parts] for name, parts in model.weights.items()}
+        self.log_weight = {
+            name: [torch.zeros(len(w), device=device, dtype=dtype) for w in parts] for name, parts in self.fixed.items()
+        }
         for _, parameter in self.named():
             parameter.requires_grad_()
         self._low, self._high = self._bounds()
@@ -81,15 +82,13 @@ class Learnt:
 
         return hook
 
-    def weight_scale(self, layer: str, segment: int) -> Tensor:
-        """[Cout], the scales of one segment's weights."""
-        return self.weight0[layer][segment] * torch.exp(self.log_weight[layer][segment])
-
     def weight(self, node: Node, segment: int, _: Tensor | None = None) -> Tensor:
-        """The dequantised weights of a layer's segment."""
-        values = self.values[node.kwargs["layer"]][segment]
-        scale = self.weight_scale(node.kwargs["layer"], segment)
-        return values.to(self.dtype) * scale.reshape(-1, *[1] * (values.dim() - 1))
+        """The dequantised weights that a layer's segment starts with."""
+        return self.fixed[node.kwargs["layer"]][segment]
+
+    def product(self, node: Node, segment: int, y: Tensor) -> Tensor:
+        """A segment's product with the learnt scales: exp(w) y, which needs no gradient of the weights themselves."""
+        return y * torch.exp(self.log_weight[node.kwargs["layer"]][segment]).reshape(per_channel(node))
 
     @torch.no_grad()
     def keep_representable(self) -> None:
@@ -132,7 +131,8 @@ class Learnt:
         """The same integers with the learnt scales."""
         return {
             name: tuple(
-                dataclasses.replace(w, scale=self.weight_scale(name, i).float().cpu()) for i, w in enumerate(parts)
+                dataclasses.replace(w, scale=w.scale * torch.exp(log).float().cpu())
+                for w, log in zip(parts, self.log_weight[name], strict=True)
             )
             for name, parts in self.weights0.items()
         }
@@ -163,6 +163,7 @@ class Simulation:
             inputs,
             activation=learnt.activation(row),
             weight=learnt.weight,
+            product=learnt.product,
             dtype=learnt.dtype,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ class Memory:
 
     Args:
         parameters: what is learnt, with gradients and Adam's moments.
-        network: weights and constants.
-        saved: what one call keeps for its backward pass, dequantised weights and activations of a batch.
+        network: dequantised weights and constants.
+        saved: the activations of a batch that one call keeps for its backward pass.
         path: the float path's latents.
     """
 
@@ -40,10 +40,14 @@ class Memory:
 
 
 class SavedBytes:
-    """Counts distinct storages saved for backward; ``now`` those alive, ``peak`` the most of them, in bytes."""
+    """Counts distinct storages saved for backward; ``now`` those alive, ``peak`` the most of them, in bytes.
 
-    def __init__(self) -> None:
+    ``held``: tensors that are there anyway, such as weights, and are not counted.
+    """
+
+    def __init__(self, held: Iterable[Tensor] = ()) -> None:
         self.now = self.peak = 0
+        self._held = {tensor.untyped_storage().data_ptr() for tensor in held}
         self._alive: dict[int, tuple[int, int]] = {}  # pointer -> (uses, bytes)
 
     @contextlib.contextmanager
@@ -56,7 +60,7 @@ class SavedBytes:
         """One more saved tensor in a storage."""
         uses, _ = self._alive.get(pointer, (0, size))
         self._alive[pointer] = (uses + 1, size)
-        self.now += size if uses == 0 else 0
+        self.now += size if uses == 0 and pointer not in self._held else 0
         self.peak = max(self.peak, self.now)
 
     def drop(self, pointer: int) -> None:
@@ -64,7 +68,7 @@ class SavedBytes:
         uses, size = self._alive.pop(pointer)
         if uses > 1:
             self._alive[pointer] = (uses - 1, size)
-        else:
+        elif pointer not in self._held:
             self.now -= size
 
 
@@ -82,26 +86,32 @@ class _Kept:
 
 def estimated(simulation: Simulation, path: Path, batch: int) -> Memory:
     """The memory of learning with ``batch`` samples a call, from calls with one sample and with two."""
-    one, two = (_saved_by(simulation, path, count) for count in (1, 2))
+    held = list(held_by(simulation))
+    one, two = (_saved_by(simulation, path, count, held) for count in (1, 2))
     rows = batch * (1 if path.guidance.scale is None else 2)
-    learnt = simulation.learnt
-    held = [*simulation.constants.values(), *(v for parts in learnt.values.values() for v in parts)]
     latents = [moment.latents for moments in path.moments for moment in moments]
     return Memory(
-        parameters=_ADAM * _bytes([parameter for _, parameter in learnt.named()]),
+        parameters=_ADAM * _bytes([parameter for _, parameter in simulation.learnt.named()]),
         network=_bytes(held),
         saved=one + max(two - one, 0) * (rows - 1),
         path=_bytes(latents),
     )
 
 
-def _saved_by(simulation: Simulation, path: Path, count: int) -> int:
+def held_by(simulation: Simulation) -> Iterator[Tensor]:
+    """The dequantised weights and the constants, which every call reads."""
+    yield from simulation.constants.values()
+    for parts in simulation.learnt.fixed.values():
+        yield from parts
+
+
+def _saved_by(simulation: Simulation, path: Path, count: int, held: list[Tensor]) -> int:
     """Bytes that one call with ``count`` samples saves for backward."""
     moment = path.moments[0][0]
     sample = path.steps.received(moment)[:1].repeat(count, 1, 1, 1).to(simulation.learnt.device)
     timestep = timestep_tensor(path.steps.timesteps[0], count)
     conditioning: dict[str, Any] = conditioning_for(path.guidance.conditioning, range(count))
-    with torch.enable_grad(), SavedBytes().counting() as saved:
+    with torch.enable_grad(), SavedBytes(held).counting() as saved:
         output = predict(simulation, sample, timestep, conditioning)
     del output
     return saved.peak

@@ -6,6 +6,7 @@ multiplies with. The integers themselves are run by the runtime's programs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from .operators import FLOAT_OPS, INTEGER_OPS
 ActivationHook = Callable[[str, Tensor], Tensor]  # (site, x) -> what the layer sees
 InputHook = Callable[[Node, int, Tensor], None]  # (layer node, segment, the layer's input)
 WeightHook = Callable[[Node, int, Tensor], Tensor]  # (layer node, segment, float weight or None) -> weight
+ProductHook = Callable[[Node, int, Tensor], Tensor]  # (layer node, segment, W x without bias) -> what is added up
 
 
 def flatten_conditioning(conditioning: Mapping[str, Any] | None) -> dict[str, Tensor]:
@@ -43,6 +45,7 @@ def run_float(
     *,
     activation: ActivationHook | None = None,
     weight: WeightHook | None = None,
+    product: ProductHook | None = None,
     observe: Callable[[Node, Tensor], None] | None = None,
     layer_input: InputHook | None = None,
     dtype: torch.dtype = torch.float32,
@@ -55,6 +58,7 @@ def run_float(
         inputs: "sample" [B, C, H, W], "timestep" [B], and the conditioning under the graph's input names.
         activation: applied to every quantiser's input, with the site's name; identity by default.
         weight: returns the weight of a layer's K segment; the float one by default.
+        product: applied to every K segment's product before bias and residual are added; identity by default.
         observe: called with every node and its value, as it is computed.
         layer_input: called with every layer and the input of each of its K segments.
         dtype: float32 or float64.
@@ -62,6 +66,7 @@ def run_float(
     interpreter = _FloatInterpreter(constants, dtype)
     interpreter.activation = activation or interpreter.activation
     interpreter.weight = weight or interpreter.weight
+    interpreter.product = product
     interpreter.layer_input = layer_input or interpreter.layer_input
     values: dict[str, Any] = {}
     for name in graph.inputs:
@@ -98,6 +103,7 @@ class _FloatInterpreter:
         self.activation: ActivationHook = lambda site, x: x
         self.weight: WeightHook = lambda node, segment, weight: weight
         self.layer_input: InputHook = lambda node, segment, x: None
+        self.product: ProductHook | None = None
 
     def constant(self, key: str) -> Tensor:
         value = self.constants[key]
@@ -150,22 +156,37 @@ class _FloatInterpreter:
             parts = list(whole.split(list(node.kwargs["segments"]), 1))
         return [self.weight(node, i, part) for i, part in enumerate(parts)]
 
+    def multiplied(
+        self, node: Node, segment: int, bias: Tensor | None, multiply: Callable[[Tensor | None], Tensor]
+    ) -> Tensor:
+        """W x + bias of a segment, W x through the hook if there is one."""
+        if self.product is None:
+            return multiply(bias)
+        y = self.product(node, segment, multiply(None))
+        return y if bias is None else y + bias.reshape(per_channel(node))
+
     def int_gemm(self, node: Node, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
         (weight,) = self.segment_weights(node, 1)
         self.layer_input(node, 0, args[0])
-        y = F.linear(args[0], weight, kwargs["bias"])
+        y = self.multiplied(node, 0, kwargs["bias"], lambda bias: F.linear(args[0], weight, bias))
         return y if kwargs["residual"] is None else y + kwargs["residual"]
 
     def int_conv2d(self, node: Node, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
         y: Tensor | None = None
         for i, (x, weight) in enumerate(zip(args, self.segment_weights(node, len(args)), strict=True)):
             self.layer_input(node, i, x)
-            part = convolve(x, weight, None if y is not None else kwargs["bias"], kwargs)
+            multiply = functools.partial(convolve, x, weight, attributes=kwargs)
+            part = self.multiplied(node, i, None if y is not None else kwargs["bias"], multiply)
             y = part if y is None else y + part
         assert y is not None
         if kwargs["temb"] is not None:
             y = y + kwargs["temb"][:, :, None, None]
         return y if kwargs["residual"] is None else y + kwargs["residual"]
+
+
+def per_channel(layer: Node) -> tuple[int, ...]:
+    """The shape in which a vector over output channels is broadcast against a layer's output."""
+    return (-1,) if layer.op == "int_gemm" else (-1, 1, 1)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
