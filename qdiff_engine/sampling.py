@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.cat([torch.randn(1, *shape[1:], generator=generator) for _ in range(shape[0])])
 
 
-def conditioning_for(conditioning: Conditioning, samples: range) -> dict[str, Any]:
+def conditioning_for(conditioning: Conditioning, samples: Sequence[int]) -> dict[str, Any]:
     """The keyword arguments of these samples: tensors are cycled along their first axis, a callable is asked."""
     if conditioning is None:
         return {}
@@ -61,7 +61,7 @@ def conditioning_for(conditioning: Conditioning, samples: range) -> dict[str, An
     return {name: _cycled(value, samples, name) for name, value in conditioning.items()}
 
 
-def _cycled(value: Any, samples: range, name: str) -> Any:
+def _cycled(value: Any, samples: Sequence[int], name: str) -> Any:
     if isinstance(value, Mapping):
         return {k: _cycled(v, samples, f"{name}.{k}") for k, v in value.items()}
     if not isinstance(value, Tensor) or value.dim() < 1 or value.shape[0] < 1:
@@ -113,11 +113,13 @@ class Guidance:
         if self.scale is not None and not isinstance(self.scale, int | float):
             raise TypeError(f"guidance_scale must be a number, got {type(self.scale).__name__}")
 
-    def prediction(self, unet: Any, sample: Tensor, timestep: float, samples: range) -> Tensor:
+    def prediction(self, unet: Any, sample: Tensor, timestep: float, samples: Sequence[int]) -> Tensor:
         """The guided prediction for these samples."""
         return self.combined(*self.branches(unet, sample, timestep, samples))
 
-    def branches(self, unet: Any, sample: Tensor, timestep: float, samples: range) -> tuple[Tensor, Tensor | None]:
+    def branches(
+        self, unet: Any, sample: Tensor, timestep: float, samples: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
         """(conditional, unconditional) predictions, from one call; without guidance the latter is None."""
         conditional = conditioning_for(self.conditioning, samples)
         if self.scale is None:

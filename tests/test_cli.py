@@ -366,6 +366,7 @@ def test_alignment_of_no_iterations_is_the_plain_artifact(
         (["calibrate", "demo", "--rows", "group:0", "--out", "x"], ["rows", "group:K"]),
         (["calibrate", "demo", "--edges", "a4", "--out", "x"], ["edges", "a16"]),
         (["calibrate", "demo", "--align", "accuquant", "--out", "x"], ["align", "accuquant:M"]),
+        (["calibrate", "demo", "--align-pairs", "some", "--out", "x"], ["pairs must", "density:N"]),
         (["calibrate", "demo", "--align-batch", "0", "--out", "x"], ["--align-batch"]),
         (["calibrate", "demo", "--plan", "none.json", "--out", "x"], ["none.json", "no such file"]),
         (["calibrate", "demo", "--plan", "budget:0.4", "--out", "x"], ["budget:0.4", "0.5 to 2"]),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import numerics
 from ..calibration.calibration import Calibration
-from ..graph.interpret import evaluate, flatten_conditioning, simulate
+from ..graph.interpret import FloatInterpreter, flatten_conditioning, simulate
 from ..graph.ir import Node
 from ..runtime.executor import Compiler, Row, Values, make_rows
 from ..runtime.lowering import unrearranged
@@ -86,6 +86,8 @@ class _Lockstep:
         parts = (graph, model.weights, model.constants, model.table)
         self.compiler = Compiler(*parts, torch.device("cpu"), None, torch.float32)
         self.model, self.quantizers = model, graph.quantizer_of()
+        self.exact = FloatInterpreter(model.constants, torch.float64)
+        self.exact.weight = lambda node, i, _: model.weights[node.kwargs["layer"]][i].dequantize(torch.float64)
         self.index = {node.name: i for i, node in enumerate(graph.nodes)}
         r = model.table.row(float(inputs["timestep"].reshape(-1)[0]))
         row = make_rows(model.table)[r]
@@ -113,13 +115,11 @@ class _Lockstep:
         return values[self.compiler.slots[node.name]]
 
     def _compare(self, node: Node) -> LayerAgreement:
-        def weight(layer: Node, segment: int, _: Tensor | None) -> Tensor:
-            return self.model.weights[layer.kwargs["layer"]][segment].dequantize(torch.float64)
-
+        """The layer on integers beside its formula in float64, both on the integers that the engine made."""
         flips = list(self._flips(node))
         read = {name: _double(self.simulated[name]) for name in node.refs()}
         read |= {ref.name: self._dequantized(ref.name) for ref in node.args}
-        expected = evaluate(node, read, self.model.constants, weight)
+        expected = self.exact.evaluate(node, read)
         error = float((self._run(node).double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
         elements = sum(steps.numel() for steps in flips)
         flipped = sum(int((steps > 0).sum()) for steps in flips)

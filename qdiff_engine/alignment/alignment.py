@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..calibration.calibration import Calibration
 from ..calibration.checkpoint import Checkpoint, fingerprint
+from ..calibration.selection import parse_selection, selected_pairs
 from ..recipe import Recipe, check_align
 from ..runtime.model import IntegerUNet
 from ..sampling import check_count
@@ -63,6 +64,8 @@ def align(
     if settings.iterations == 0:
         return model
     path = float_path(calibration, settings.batch)
+    selection = parse_selection(settings.pairs)
+    pairs = None if selection.kind == "every" else selected_pairs(calibration, selection, settings.seed)
     learnt = Learnt(model, device)
     simulation = Simulation(model, learnt)
     with _memory_errors(settings.batch):
@@ -70,7 +73,7 @@ def align(
             on_start(estimated(simulation, path, settings.batch))
         key = progress_key(model, calibration, settings)
         checkpoint = None if cache_dir is None else Checkpoint.open(cache_dir, key)
-        Trainer(simulation, path, settings, checkpoint).run(on_iteration)
+        Trainer(simulation, path, settings, checkpoint, pairs).run(on_iteration)
     return IntegerUNet(
         graph=model.graph,
         weights=learnt.weights(),
@@ -126,6 +129,7 @@ def _checked(model: Any, calibration: Any, settings: Settings | None) -> Setting
     settings = settings_of(model.recipe) if settings is None else settings
     check_count("iterations", settings.iterations, least=0), check_count("seed", settings.seed, least=0)
     check_count("batch", settings.batch)
+    parse_selection(settings.pairs)
     steps = len(calibration.trajectory.timesteps)
     if check_count("group", settings.group) > steps:
         raise ValueError(f"group must be at most the sampler's {steps} steps, got {settings.group}")

@@ -25,7 +25,7 @@ class Moment:
 
     index: int
     latents: Tensor
-    samples: range
+    samples: Sequence[int]
     scheduler: Any = None
 
 
@@ -67,8 +67,8 @@ class FusedSteps:
 
     def advance(self, moment: Moment, prediction: Tensor) -> Moment:
         """One step; see `fused_step`."""
-        noise, part = self.noise[moment.index], slice(moment.samples.start, moment.samples.stop)
-        drawn = None if noise is None else noise[part].to(moment.latents)
+        noise = self.noise[moment.index]
+        drawn = None if noise is None else noise[list(moment.samples)].to(moment.latents)
         latents = fused_step(self.rows[moment.index], moment.latents, prediction, drawn)
         return Moment(moment.index + 1, latents, moment.samples)
 
@@ -124,6 +124,17 @@ class Path:
     def length(self) -> int:
         """How many steps."""
         return len(self.steps.timesteps)
+
+    def gathered(self, index: int, samples: Sequence[int]) -> Moment:
+        """The moment before step ``index`` of any samples, for samplers whose steps have no state.
+
+        Raises:
+            ValueError: the sampler steps by itself.
+        """
+        at = [moments[index] for moments in self.moments]
+        if any(moment.scheduler is not None for moment in at):
+            raise ValueError("pairs can be selected for DDIM and DDPM; this sampler keeps a state: use pairs='every'")
+        return Moment(index, torch.cat([moment.latents for moment in at])[list(samples)], samples)
 
 
 @torch.no_grad()

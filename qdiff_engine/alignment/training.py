@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,9 @@ class Settings:
         batch: samples per network call (twice as many rows with guidance).
         scale_rate, zero_point_rate, weight_rate: Adam's first step of log activation scales, of zero points (in
             integers, per bit width's 16 values) and of log weight scales; a cosine takes them to zero.
-        seed: of the order of groups and batches.
+        pairs: which (x_t, t) of the calibration it learns on, see `calibration.selection`; "every" by default. A group
+            learns from the samples that are selected at any of its steps, and not at all where there are none.
+        seed: of the order of groups and batches, and of the selection.
     """
 
     group: int = 2
@@ -41,6 +43,7 @@ class Settings:
     scale_rate: float = 1e-2
     zero_point_rate: float = 5e-2
     weight_rate: float = 1e-3
+    pairs: str = "every"
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,15 +66,47 @@ def group_starts(steps: int, group: int) -> list[tuple[int, int]]:
     return [(start, min(group, steps - start)) for start in range(0, steps, group)]
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What one iteration learns on: ``count`` steps from ``start``, and the float path's latents after them."""
+
+    start: Moment
+    count: int
+    target: Tensor
+
+
+def batches(path: Path, group: int, pairs: Sequence[tuple[int, int]] | None = None) -> list[Batch]:
+    """Every group with every batch of the path's samples, or with those that ``pairs`` (step, sample) name in it."""
+    groups = group_starts(path.length, group)
+    if pairs is None:
+        return [
+            Batch(moments[start], count, moments[start + count].latents)
+            for moments in path.moments
+            for start, count in groups
+        ]
+    size, found = len(path.moments[0][0].samples), []
+    for start, count in groups:
+        chosen = sorted({sample for step, sample in pairs if start <= step < start + count})
+        for first in range(0, len(chosen), size):
+            some = chosen[first : first + size]
+            found.append(Batch(path.gathered(start, some), count, path.gathered(start + count, some).latents))
+    return found
+
+
 class Trainer:
     """Learns on float paths; everything that an iteration depends on is its index and what is learnt so far."""
 
     def __init__(
-        self, simulation: Simulation, path: Path, settings: Settings, checkpoint: Checkpoint | None = None
+        self,
+        simulation: Simulation,
+        path: Path,
+        settings: Settings,
+        checkpoint: Checkpoint | None = None,
+        pairs: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         self.simulation, self.path, self.settings, self.checkpoint = simulation, path, settings, checkpoint
         self.learnt: Learnt = simulation.learnt
-        self.groups = group_starts(path.length, settings.group)
+        self.batches = batches(path, settings.group, pairs)
         rates = {
             "scale": settings.scale_rate,
             "zero_point": settings.zero_point_rate,
@@ -102,14 +137,11 @@ class Trainer:
 
     def _iterate(self, iteration: int) -> float:
         """One optimiser step on one group and batch; its loss."""
-        batch, start, count = self._drawn(iteration)
-        moments = self.path.moments[batch]
-        at, target = self._placed(moments[start]), moments[start + count].latents.to(self.learnt.device)
+        batch = self._drawn(iteration)
+        start, target = self._placed(batch.start), batch.target.to(self.learnt.device, self.learnt.dtype)
         self.optimiser.zero_grad(set_to_none=True)  # what has no gradient does not move
         with torch.enable_grad():
-            loss = accumulate_gradient(
-                self.simulation, self.path.steps, self.path.guidance, at, count, target.to(self.learnt.dtype)
-            )
+            loss = accumulate_gradient(self.simulation, self.path.steps, self.path.guidance, start, batch.count, target)
         if not math.isfinite(loss):
             raise ValueError(f"alignment diverged at iteration {iteration}: lower its learning rates")
         cosine = 0.5 * (1 + math.cos(math.pi * iteration / self.settings.iterations))
@@ -123,12 +155,11 @@ class Trainer:
         latents = moment.latents.to(self.learnt.device, self.learnt.dtype)
         return Moment(moment.index, latents, moment.samples, moment.scheduler)
 
-    def _drawn(self, iteration: int) -> tuple[int, int, int]:
-        """(batch, first step, number of steps): every group with every batch once, in an order of its own, again."""
-        pairs = len(self.groups) * len(self.path.moments)
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + iteration // pairs)
-        pair = int(torch.randperm(pairs, generator=generator)[iteration % pairs])
-        return pair // len(self.groups), *self.groups[pair % len(self.groups)]
+    def _drawn(self, iteration: int) -> Batch:
+        """Every batch once, in an order of its own, again and again."""
+        count = len(self.batches)
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + iteration // count)
+        return self.batches[int(torch.randperm(count, generator=generator)[iteration % count])]
 
     def _save(self, done: int) -> None:
         assert self.checkpoint is not None

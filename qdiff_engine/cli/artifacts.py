@@ -95,6 +95,7 @@ def calibrate(
     align: str,
     align_iterations: int | None,
     align_batch: int | None,
+    align_pairs: str,
     eta: float | None,
     guidance: float | None,
     conditioning: Path | None,
@@ -111,7 +112,7 @@ def calibrate(
 
     recipe = Recipe.named(recipe_name, observer=observer, weights=weights, rows=rows, edges=edges, equalise=equalise)
     check_correct(correction)
-    alignment = align_settings(align, align_iterations, align_batch, seed)
+    alignment = align_settings(align, align_iterations, align_batch, align_pairs, seed)
     place = use_machine(device, threads)
     guided = guidance_arguments(conditioning, guidance)
     loaded = load_model(model)

@@ -12,8 +12,15 @@ from .output import Output, megabytes
 
 
 def align_options(function: Function) -> Function:
-    """--align, --align-iterations, --align-batch."""
+    """--align, --align-iterations, --align-batch, --align-pairs."""
     for option in (
+        click.option(
+            "--align-pairs",
+            default="every",
+            show_default=True,
+            help="Latents and timesteps that --align learns on: every; uniform:N or gaussian:N[:MEAN,DEVIATION], drawn "
+            "by timestep; density:N, typical and diverse ones.",
+        ),
         count_option("--align-batch", None, "Samples per call of --align, by default 4; fewer take less memory."),
         count_option("--align-iterations", None, "Optimiser steps of --align, by default 400.", least=0),
         click.option(
@@ -79,13 +86,16 @@ def align_summary(found: dict[str, Any]) -> str:
     )
 
 
-def align_settings(align: str, iterations: int | None, batch: int | None, seed: int) -> Any:
+def align_settings(align: str, iterations: int | None, batch: int | None, pairs: str, seed: int) -> Any:
     """The settings of ``--align``, checked before any work; None is a setting's default."""
     from ..alignment.training import Settings
+    from ..calibration.selection import parse_selection
     from ..recipe import check_align
 
+    parse_selection(pairs)
     group = check_align(align)
     if group is None:
         return Settings(iterations=0)
     given = {"iterations": iterations, "batch": batch}
-    return Settings(group=group, seed=seed, **{name: value for name, value in given.items() if value is not None})
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return Settings(group=group, pairs=pairs, seed=seed, **chosen)

@@ -63,7 +63,7 @@ def run_float(
         layer_input: called with every layer and the input of each of its K segments.
         dtype: float32 or float64.
     """
-    interpreter = _FloatInterpreter(constants, dtype)
+    interpreter = FloatInterpreter(constants, dtype)
     interpreter.activation = activation or interpreter.activation
     interpreter.weight = weight or interpreter.weight
     interpreter.product = product
@@ -84,20 +84,9 @@ def run_float(
     return values[graph.output]
 
 
-def evaluate(
-    node: Node,
-    values: Mapping[str, Any],
-    constants: Mapping[str, Tensor],
-    weight: WeightHook | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> Any:
-    """One node's value from those that it reads, by name; a layer's weights come from ``weight``."""
-    interpreter = _FloatInterpreter(constants, dtype)
-    interpreter.weight = weight or interpreter.weight
-    return interpreter.evaluate(node, dict(values))
+class FloatInterpreter:
+    """Evaluates one node at a time; the hooks are attributes, as `run_float` documents them."""
 
-
-class _FloatInterpreter:
     def __init__(self, constants: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self.constants, self.dtype = constants, dtype
         self.activation: ActivationHook = lambda site, x: x
@@ -120,6 +109,7 @@ class _FloatInterpreter:
         return resolve
 
     def evaluate(self, node: Node, values: dict[str, Any]) -> Any:
+        """The node's value, from the values that it reads."""
         resolve = self.leaf(values)
         args = map_leaves(node.args, resolve)
         if node.op not in INTEGER_OPS:
