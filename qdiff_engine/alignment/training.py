@@ -31,7 +31,7 @@ class Settings:
         iterations: optimiser steps, each on one group and one batch; 0 learns nothing.
         batch: samples per network call (twice as many rows with guidance).
         scale_rate, zero_point_rate, weight_rate: Adam's first step of log activation scales, of zero points (in
-            integers, per bit width's 16 values) and of log weight scales; a cosine takes them to zero.
+            integers) and of log weight scales; a cosine takes them to zero.
         pairs: which (x_t, t) of the calibration it learns on, see `calibration.selection`; "every" by default. A group
             learns from the samples that are selected at any of its steps, and not at all where there are none.
         seed: of the order of groups and batches, and of the selection.
@@ -41,8 +41,8 @@ class Settings:
     iterations: int = 400
     batch: int = 4
     scale_rate: float = 1e-2
-    zero_point_rate: float = 5e-2
-    weight_rate: float = 1e-3
+    zero_point_rate: float = 1e-1
+    weight_rate: float = 2e-3
     pairs: str = "every"
     seed: int = 0
 
