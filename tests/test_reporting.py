@@ -164,6 +164,16 @@ def test_the_samplers_corrections_are_shown_too() -> None:
     assert "Corrections" in read(render(report, "corrected")).headings
 
 
+def test_layers_are_shown_beside_their_simulation() -> None:
+    """One row a layer, in a row of the plan that runs on integers; what is learnt rests on them being alike."""
+    report = measure(model := mixed_model(), networks.network("unet2d"), networks.ddim(), steps=2, samples=2)
+    assert {layer.name for layer in report.layers} == set(model.weights)
+    assert all(layer.error < 1e-5 and layer.furthest <= 1 for layer in report.layers)
+    reader = read(render(report, "page"))
+    assert "Simulation and integers" in reader.headings and set(model.weights) <= set(reader.cells)
+    assert "Simulation and integers" not in render(dataclasses.replace(report, layers=()), "page")
+
+
 def test_text_from_a_stranger_stays_text() -> None:
     evil = '<script src="https://evil.example/x.js"></script><img src=x onerror=alert(1)>&amp;'
     report = dataclasses.replace(measured(mixed_model()), key={"model_hash": evil, evil: [evil]})

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..alignment.agreement import LayerAgreement, layer_agreement
 from ..bops import Bops, count_bops
 from ..evaluation import AUTO, Comparison, OnStep, compare_all, decibels
+from ..graph.interpret import flatten_conditioning
 from ..pictures import labelled_rows
 from ..plans.snr import signal_to_noise
 from ..quality import Extractor
 from ..runtime.model import IntegerUNet
 from ..runtime.summary import inspect
-from ..sampling import Conditioning
+from ..sampling import Conditioning, conditioning_for, initial_noise, timestep_tensor
 from ..tables import Table
 from . import charts
 from .page import Picture, Section, page
@@ -38,6 +40,7 @@ class Report:
         signal_db: 10 log10(alpha_bar / (1 - alpha_bar)) of every step; None for a sampler without alphas_cumprod.
         corrections: tables [R, C] or [R] to draw against the timestep, by title.
         key: what the artifact belongs to.
+        layers: each layer's integers beside the simulation of them.
     """
 
     summary: dict[str, Any]
@@ -47,6 +50,7 @@ class Report:
     signal_db: list[float] | None
     corrections: dict[str, Tensor]
     key: dict[str, Any]
+    layers: Sequence[LayerAgreement] = ()
 
     @property
     def steps_modes(self) -> list[str]:
@@ -100,7 +104,18 @@ def measure(
     signal = None
     if isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
         signal = [decibels(v, 1.0) for v in signal_to_noise(scheduler, comparisons[MODEL].timesteps)]
-    return Report(inspect(model), count_bops(model), comparisons, model.table, signal, corrections, model.key)
+    layers = simulated_layers(model, seed, conditioning)
+    return Report(inspect(model), count_bops(model), comparisons, model.table, signal, corrections, model.key, layers)
+
+
+def simulated_layers(model: IntegerUNet, seed: int, conditioning: Conditioning) -> list[LayerAgreement]:
+    """Every layer's integers beside the simulation, on two samples of noise in the first row with most integers."""
+    row = int((model.table.bits != 16).sum(1).argmax())
+    sample = initial_noise((2, *(int(size) for size in model.graph.inputs["sample"][1:])), seed)
+    given = flatten_conditioning(conditioning_for(conditioning, range(2)))
+    return layer_agreement(
+        model, {"sample": sample, "timestep": timestep_tensor(model.table.timesteps[row], 2), **given}
+    )
 
 
 def correction_tables(model: IntegerUNet) -> dict[str, Tensor]:
@@ -150,6 +165,7 @@ def render(report: Report, title: str) -> str:
             f"{report.bops.total / 1e9:.1f} GBOPs against {report.bops.reference / 1e9:.1f} in floating point.",
             [Picture(charts.bops_by_layer(report.bops), "BOPs of the largest layers")],
         ),
+        *_layers(report),
         Section("What it belongs to", rows=[["field", "value"], *_key_rows(report.key)]),
     ]
     return page(title, lead, sections)
@@ -236,6 +252,18 @@ def _errors(report: Report) -> Section:
     )
     text = "Distance of the latents to the float trajectory after each step, relative to their size."
     return Section("Accumulated error", text, [Picture(png, "latent error against the timestep")])
+
+
+def _layers(report: Report) -> list[Section]:
+    if not report.layers:
+        return []
+    rows = [["layer", "input integers that differ", "by at most", "largest difference of the output, relative"]]
+    rows += [[x.name, f"{x.flipped:.3%}", str(x.furthest), f"{x.error:.1e}"] for x in report.layers]
+    text = (
+        "What is learnt is learnt on a simulation in floating point. Each layer beside it, fed the simulation's input: "
+        "integers that differ are rounding ties seen differently."
+    )
+    return [Section("Simulation and integers", text, rows=rows)]
 
 
 def _corrections(report: Report) -> list[Section]:
