@@ -211,7 +211,7 @@ def resumable(folder: str | Path | None, told: Callable[[Progress], None]) -> In
     """The run that is killed: its state is written every 3 of 24 iterations."""
     training.SAVE_EVERY = 3
     calibration = networks.calibration(NAME)
-    settings = Settings(iterations=24, batch=2)
+    settings = Settings(group=2, iterations=24, batch=2)
     return qe.align(quantised(calibration), calibration, settings, cache_dir=folder, on_iteration=told)
 
 
@@ -237,7 +237,7 @@ def test_work_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
     model, counts = quantised(calibration), []
     for seed in (0, 0, 1):
         told: list[Progress] = []
-        settings = Settings(iterations=3, batch=2, seed=seed)
+        settings = Settings(group=2, iterations=3, batch=2, seed=seed)
         qe.align(model, calibration, settings, cache_dir=tmp_path / "work", on_iteration=told.append)
         counts.append(len(told))
     assert counts == [3, 0, 3]
@@ -247,7 +247,7 @@ def test_divergence_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     calibration, model = networks.calibration(NAME), networks.integer_model(NAME, "w4a4")
     monkeypatch.setattr(training, "accumulate_gradient", lambda *_: float("nan"))
     with pytest.raises(ValueError, match="diverged at iteration 0: lower its learning rates"):
-        qe.align(model, calibration, Settings(iterations=9, batch=2))
+        qe.align(model, calibration, Settings(group=2, iterations=9, batch=2))
 
 
 def test_bad_arguments() -> None:
@@ -260,13 +260,13 @@ def test_bad_arguments() -> None:
         ({"scale_rate": float("nan")}, "scale_rate must be a finite number"),
     ):
         with pytest.raises(ValueError, match=message):
-            qe.align(model, calibration, Settings(**settings))
+            qe.align(model, calibration, Settings(**{"group": 2, **settings}))
     with pytest.raises(TypeError, match="model must be an IntegerUNet, got str"):
         qe.align("model", calibration)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="calibration must come from"):
         qe.align(model, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="calibration is not the one"):
-        qe.align(model, networks.calibration("plain"))
+        qe.align(model, networks.calibration("plain"), Settings(group=2))
     shifted = dataclasses.replace(model.table, output_shift=model.table.output_shift + 1)
     with pytest.raises(ValueError, match="corrected already; align it first"):
         qe.align(model.with_table(shifted), calibration)
@@ -285,8 +285,8 @@ def test_running_out_of_memory_names_the_setting(error: BaseException, monkeypat
     calibration, model = networks.calibration(NAME), networks.integer_model(NAME, "w4a4")
     monkeypatch.setattr(training, "accumulate_gradient", fails)
     with pytest.raises(OSError, match="not enough memory to align 3 samples at a time; lower batch") as found:
-        qe.align(model, calibration, Settings(iterations=2, batch=3))
+        qe.align(model, calibration, Settings(group=2, iterations=2, batch=3))
     assert found.value.errno == errno.ENOMEM
     monkeypatch.setattr(training, "accumulate_gradient", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        qe.align(model, calibration, Settings(iterations=2, batch=3))
+        qe.align(model, calibration, Settings(group=2, iterations=2, batch=3))

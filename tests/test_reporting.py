@@ -126,7 +126,7 @@ def test_a_page_holds_everything_it_shows() -> None:
     assert reader.headings[0] == "art: integers beside floating point"
     assert reader.headings[1:] == [
         *("Summary", "Samples", "Signal to noise", "Accumulated error", "Activation ranges", "BOPs by layer"),
-        "What it belongs to",
+        *("Simulation and integers", "What it belongs to"),
     ]
     assert len(reader.images) == 5
     for description, png in reader.images:

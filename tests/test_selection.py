@@ -145,4 +145,4 @@ def test_selections_need_a_sampler_without_state() -> None:
     )
     model = quantize(networks.network("plain"), calibration, Recipe.named("w4a4"))
     with pytest.raises(ValueError, match="pairs can be selected for DDIM and DDPM"):
-        qe.align(model, calibration, Settings(iterations=1, batch=2, pairs="uniform:2"))
+        qe.align(model, calibration, Settings(group=1, iterations=1, batch=2, pairs="uniform:2"))

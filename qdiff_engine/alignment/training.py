@@ -28,7 +28,7 @@ class Settings:
 
     Args:
         group: M, consecutive steps whose end is compared.
-        iterations: optimiser steps, each on one group and one batch; 0 learns nothing.
+        iterations: optimiser steps, each on one group and one batch, so that time grows with both; 0 learns nothing.
         batch: samples per network call (twice as many rows with guidance).
         scale_rate, zero_point_rate, weight_rate: Adam's first step of log activation scales, of zero points (in
             integers) and of log weight scales; a cosine takes them to zero.
@@ -37,12 +37,12 @@ class Settings:
         seed: of the order of groups and batches, and of the selection.
     """
 
-    group: int = 2
-    iterations: int = 400
+    group: int = 5
+    iterations: int = 200
     batch: int = 4
-    scale_rate: float = 1e-2
+    scale_rate: float = 2e-2
     zero_point_rate: float = 1e-1
-    weight_rate: float = 2e-3
+    weight_rate: float = 3e-3
     pairs: str = "every"
     seed: int = 0
 

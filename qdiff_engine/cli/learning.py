@@ -22,7 +22,9 @@ def align_options(function: Function) -> Function:
             "by timestep; density:N, typical and diverse ones.",
         ),
         count_option("--align-batch", None, "Samples per call of --align, by default 4; fewer take less memory."),
-        count_option("--align-iterations", None, "Optimiser steps of --align, by default 400.", least=0),
+        count_option(
+            "--align-iterations", None, "Optimiser steps of --align, by default 200; each takes M calls.", least=0
+        ),
         click.option(
             "--align",
             default="none",
