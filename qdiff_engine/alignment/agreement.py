@@ -13,7 +13,7 @@ from .. import numerics
 from ..calibration.calibration import Calibration
 from ..graph.interpret import FloatInterpreter, flatten_conditioning, simulate
 from ..graph.ir import Node
-from ..runtime.executor import Compiler, Row, Values, make_rows
+from ..runtime.compiler import Compiler, Row, Values, make_rows
 from ..runtime.lowering import unrearranged
 from ..runtime.model import IntegerUNet
 from ..sampling import check_count, conditioning_for, timestep_tensor
