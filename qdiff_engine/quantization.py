@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,18 @@ from .calibration.calibration import Calibration
 from .calibration.observers import affine, merged
 from .equalisation import equalise
 from .graph.capture import hash_parameters
-from .graph.ir import Graph, Node
+from .graph.ir import Graph
 from .plan_requests import expected_modes, preset_modes
 from .plans.choice import TRIAL_SAMPLES, PlanChoice, choose, needed_modes
 from .plans.trial import Sampler
 from .recipe import Recipe
-from .rounding import ROUNDERS
+from .reconstruction.layers import RoundedLayer, layer_bits, round_layer, segments, with_own_biases
+from .reconstruction.layers import layers as layers
+from .reconstruction.stage import OnProgress, reconstruct, recorded_inputs
+from .rounding import nearest
 from .runtime.model import IntegerUNet
 from .sampling import initial_noise
 from .tables import MODE_BITS, Table
-from .weights import QuantizedWeight
 
 _SEARCH_CHUNK = 512  # histograms searched at a time, to bound memory
 
@@ -36,6 +39,8 @@ def quantize(
     on_layer: Callable[[str], None] | None = None,
     on_trial: Callable[[], None] | None = None,
     on_plan: Callable[[PlanChoice], None] | None = None,
+    on_progress: OnProgress | None = None,
+    cache_dir: str | Path | None = None,
 ) -> IntegerUNet:
     """The integer model of ``unet``: real int4/int8 weights and a scale and zero point per quantiser and row.
 
@@ -47,6 +52,8 @@ def quantize(
         on_layer: called with each layer's name once its weights are integers, for progress.
         on_trial: called after each trial of a plan that is measured; see `plans.choice.trials`.
         on_plan: called with such a plan once it is chosen.
+        on_progress: called after each iteration of weights that are learnt; see `reconstruction.stage.Progress`.
+        cache_dir: folder for weights in progress (gptq, adaround); an interrupted run resumes there, to the same bits.
 
     Raises:
         ValueError: the unet is not the calibrated one, or the plan does not fit the rows.
@@ -59,12 +66,10 @@ def quantize(
         raise ValueError("unet is not the one that was calibrated: its parameters have another hash")
     calibration = equalised(calibration, recipe)
     captured, parameters = calibration.capture.graph, calibration.capture.constants
-    weights = {}
-    for node in layers(captured):
-        weights[node.kwargs["layer"]] = quantize_layer(node, parameters, calibration.inputs, recipe)
-        if on_layer is not None:
-            on_layer(node.kwargs["layer"])
-    graph = without_weights(captured)
+    rounded = rounded_layers(calibration, recipe, cache_dir, on_layer, on_progress)
+    weights = {layer: parts.weights for layer, parts in rounded.items()}
+    shifts = {layer: parts.shift for layer, parts in rounded.items()}
+    graph, parameters = with_own_biases(without_weights(captured), parameters, shifts)
     constants = {key: parameters[key] for key in sorted({key for node in graph.nodes for key in node.consts()})}
     if recipe.correct != "none":
         warnings.warn(
@@ -128,25 +133,26 @@ def _trial_sampler(calibration: Calibration) -> Sampler:
     return Sampler(calibration.scheduler, noise, key["steps"], key["seed"], key["eta"], calibration.guidance)
 
 
-def layers(graph: Graph) -> Iterator[Node]:
-    """The nodes that multiply with quantised weights."""
-    return (node for node in graph.nodes if node.op in ("int_conv2d", "int_gemm"))
-
-
-def quantize_layer(
-    node: Node, parameters: dict[str, Tensor], inputs: dict[str, Tensor], recipe: Recipe
-) -> tuple[QuantizedWeight, ...]:
-    """The integer weights of one layer, one entry per K segment; the first and last layers have 8 bits."""
-    bits = 8 if node.kwargs.get("edge") else recipe.weight_bits
-    layer, weight = node.kwargs["layer"], parameters[node.kwargs["weight"].key]
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"weight of layer {layer!r} holds NaN or infinity")
-    parts = weight.split(list(node.kwargs["segments"]), 1) if len(node.args) > 1 else (weight,)
-    quantised = []
-    for i, part in enumerate(parts):
-        samples = inputs.get(f"{layer}:{i}")
-        quantised.append(ROUNDERS[recipe.weights](part, bits, None if samples is None else samples.float()))
-    return tuple(quantised)
+def rounded_layers(
+    calibration: Calibration,
+    recipe: Recipe,
+    cache_dir: str | Path | None = None,
+    on_layer: Callable[[str], None] | None = None,
+    on_progress: OnProgress | None = None,
+) -> dict[str, RoundedLayer]:
+    """The integer weights of every layer, and what its bias gains; without iterations AdaRound is nearest rounding."""
+    if recipe.weights == "gptq" or (recipe.weights == "adaround" and recipe.learn_iterations > 0):
+        mode = f"A{recipe.activation_bits}"
+        table = make_table(calibration, recipe, (mode,) * len(calibration.timesteps))
+        settings = (recipe.weights, recipe.weight_bits, recipe.learn_iterations)
+        return reconstruct(calibration, table, *settings, cache_dir, on_layer, on_progress)
+    rounded = {}
+    for node in layers(calibration.capture.graph):
+        parts, inputs = segments(node, calibration.capture.constants), recorded_inputs(calibration, node)
+        rounded[node.kwargs["layer"]] = round_layer(parts, layer_bits(node, recipe.weight_bits), inputs, nearest)
+        if on_layer is not None:
+            on_layer(node.kwargs["layer"])
+    return rounded
 
 
 def without_weights(graph: Graph) -> Graph:

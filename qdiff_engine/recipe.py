@@ -13,7 +13,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "weight_bits": (4, 8),
     "activation_bits": (4, 8, 16),
     "observer": ("minmax", "percentile", "mse"),
-    "weights": ("nearest", "gptq"),
+    "weights": ("nearest", "gptq", "adaround"),
     "equalise": ("off", "on"),
     "edges": ("a16", "a8"),
 }
@@ -31,8 +31,9 @@ class Recipe:
         plan: "uniform"; "snr", "snr:THRESHOLD" or "snr:share=SHARE" (PTQD's rule; 20 % of the rows at A4);
             "budget:FRACTION" or "budget:FRACTION:MODES" (least final error; 1 is all A8, 0.5 all A4);
             "preset:NAME" (a published split); or the mode ("A4", "A8", "A16") of every row, noisiest step first.
-        weights: how weights are rounded: "nearest" (with the scale of least output error per channel) or "gptq"
-            (each rounding error made good by the weights still to come).
+        weights: how weights are rounded: "nearest" (with the scale of least output error per channel), "gptq" (each
+            rounding error made good by the weights still to come) or "adaround" (learnt, block by block).
+        learn_iterations: of each block, where something is learnt; 0 learns nothing.
         equalise: "on" divides the channels of activations by factors that the weights absorb, where a search finds that
             the layers' outputs gain from it; see `equalisation`.
         observer: how a range is read off the statistics: "minmax", "percentile" or "mse".
@@ -50,6 +51,7 @@ class Recipe:
     activation_bits: int = 8
     plan: str | tuple[str, ...] = "uniform"
     weights: str = "nearest"
+    learn_iterations: int = 500
     observer: str = "mse"
     rows: str = "step"
     edges: str = "a16"
@@ -70,6 +72,8 @@ class Recipe:
                 raise ValueError(f"plan must name A4, A8 or A16 for every row, got {wrong or 'an empty plan'}")
         else:
             self.plan_request()
+        if type(self.learn_iterations) is not int or self.learn_iterations < 0:
+            raise ValueError(f"learn_iterations must be a whole number of at least 0, got {self.learn_iterations!r}")
         self.row_group()
         check_correct(self.correct)
         check_align(self.align)

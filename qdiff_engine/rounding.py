@@ -1,7 +1,8 @@
-"""float weights -> integers: interchangeable functions ``(weight, bits, inputs) -> QuantizedWeight``.
+"""float weights -> integers: interchangeable functions ``(weight, bits, inputs, hessian) -> QuantizedWeight``.
 
 ``inputs`` [P, K] are vectors that the layer's weights really multiply, drawn from the calibration trajectories over
-all rows; they tell which rounding errors the layer's output feels.
+all rows, and ``hessian`` [K, K] the second moments of more of them; they tell which rounding errors the layer's output
+feels. Where the bias absorbs the mean error, both are about the mean.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from . import numerics
 from .weights import QuantizedWeight
 
-Rounder = Callable[[Tensor, int, "Tensor | None"], QuantizedWeight]
+Rounder = Callable[..., QuantizedWeight]  # (weight, bits, inputs=None, hessian=None)
 
 _SHRINK = {8: torch.linspace(0.80, 1.0, 41).tolist(), 4: torch.linspace(0.50, 1.10, 49).tolist()}
 _SEARCH_INPUTS = 512  # vectors that the scale search looks at
@@ -46,18 +47,25 @@ def search_scale(weight: Tensor, bits: int, inputs: Tensor | None = None) -> Ten
     return best
 
 
-def nearest(weight: Tensor, bits: int, inputs: Tensor | None = None) -> QuantizedWeight:
-    """q = round(w / s_w) with the scale of least output error per channel (`search_scale`)."""
+def nearest(
+    weight: Tensor, bits: int, inputs: Tensor | None = None, hessian: Tensor | None = None
+) -> QuantizedWeight:
+    """q = round(w / s_w) with the scale of least output error per channel (`search_scale`); no use for ``hessian``."""
     flat = weight.float().flatten(1)
     scale = search_scale(flat, bits, inputs)
     return QuantizedWeight(numerics.quantize_weight(weight.float(), scale, bits), scale, bits)
 
 
-def gptq(weight: Tensor, bits: int, inputs: Tensor | None = None) -> QuantizedWeight:
+def gptq(
+    weight: Tensor, bits: int, inputs: Tensor | None = None, hessian: Tensor | None = None
+) -> QuantizedWeight:
     """Round one input channel after another; what each rounding spoils, the channels still to come make good.
 
     With H = X^T X / P + damp I and U the upper Cholesky factor of H^-1, channel k's error e = (w_k - s q_k) / U_kk is
     taken off the later channels as e U_k,j. Channels go by falling H_kk. Without inputs this is `nearest`.
+
+    Args:
+        hessian: float64 [K, K], X^T X / P of more vectors than ``inputs`` holds; else it is made from them.
 
     Source: Frantar et al., GPTQ (ICLR 2023), algorithm 1.
     """
@@ -65,16 +73,20 @@ def gptq(weight: Tensor, bits: int, inputs: Tensor | None = None) -> QuantizedWe
         return nearest(weight, bits)
     flat = weight.float().flatten(1)
     scale = search_scale(flat, bits, inputs)
-    order, factor = _inverse_factor(inputs)
+    order, factor = _inverse_factor(second_moments(inputs) if hessian is None else hessian)
     values = torch.empty_like(flat, dtype=torch.int8)
     values[:, order] = _round_in_order(flat[:, order], scale, factor, bits)
     return QuantizedWeight(values.reshape(weight.shape), scale, bits)
 
 
-def _inverse_factor(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Channels by falling second moment, and the upper Cholesky factor of the damped inverse Hessian in that order."""
+def second_moments(inputs: Tensor) -> Tensor:
+    """X^T X / P in float64 [K, K]; ``inputs`` [P, K]."""
     x = inputs.double()
-    hessian = x.T @ x / len(x)
+    return x.T @ x / len(x)
+
+
+def _inverse_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels by falling second moment, and the upper Cholesky factor of the damped inverse Hessian in that order."""
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     hessian = hessian[order][:, order]
     mean = hessian.diagonal().mean().clamp(min=1e-12)
@@ -98,6 +110,3 @@ def _round_in_order(weight: Tensor, scale: Tensor, factor: Tensor, bits: int) ->
             local[k + 1 :].addr_(local_factor[k, k + 1 :], errors[k], alpha=-1)
         weight[:, block.stop :] -= errors.T @ factor[block, block.stop :]
     return values
-
-
-ROUNDERS: dict[str, Rounder] = {"nearest": nearest, "gptq": gptq}

@@ -39,27 +39,34 @@ class InputSampler:
         if name in self.taken or node.kwargs.get("groups", 1) != 1:
             return
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {self.step} {name}".encode()))
-        if node.op == "int_gemm":
-            rows = x.reshape(-1, x.shape[-1])
-            picked = rows[torch.randint(len(rows), (self.per_step,), generator=generator)]
-        else:
-            picked = self._patches(node, x, generator)
-        self.taken[name] = picked.to(torch.bfloat16)
+        places = torch.randint(output_places(node, x), (self.per_step,), generator=generator)
+        self.taken[name] = multiplied(node, self.shapes[node.kwargs["layer"]], x, places).to(torch.bfloat16)
 
-    def _patches(self, node: Node, x: Tensor, generator: torch.Generator) -> Tensor:
-        """[P, C * R * S]: the taps under random output pixels, 0 outside the image."""
-        k, factor = node.kwargs, node.kwargs["upsample"]
-        height, width = x.shape[2] * factor, x.shape[3] * factor
-        _, _, r, s = self.shapes[k["layer"]]
 
-        def draw(limit: int) -> Tensor:
-            return torch.randint(limit, (self.per_step, 1, 1), generator=generator)
+def output_places(node: Node, x: Tensor) -> int:
+    """How many vectors a layer multiplies when it is given ``x``: one per output pixel or token."""
+    if node.op == "int_gemm":
+        return x[..., 0].numel()
+    return len(x) * int(node.shape[2]) * int(node.shape[3])
 
-        image, row, column = draw(len(x)), draw(int(node.shape[2])), draw(int(node.shape[3]))
-        top, _, left, _ = k["padding"]
-        rows = row * k["stride"][0] - top + torch.arange(r).reshape(1, -1, 1) * k["dilation"][0]
-        columns = column * k["stride"][1] - left + torch.arange(s).reshape(1, 1, -1) * k["dilation"][1]
-        inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-        rows, columns = rows.clamp(0, height - 1) // factor, columns.clamp(0, width - 1) // factor
-        patches = x.permute(0, 2, 3, 1)[image, rows, columns] * inside[..., None]  # [P, R, S, C]
-        return patches.permute(0, 3, 1, 2).flatten(1)
+
+def multiplied(node: Node, weight_shape: tuple[int, ...], x: Tensor, places: Tensor) -> Tensor:
+    """[P, K], K in the weights' own (c, r, s) order: what the layer multiplies at ``places`` int64 [P] of its output.
+
+    For a convolution these are the taps under output pixels, 0 outside the image.
+    """
+    if node.op == "int_gemm":
+        return x.reshape(-1, x.shape[-1])[places]
+    k, factor = node.kwargs, node.kwargs["upsample"]
+    out_height, out_width = int(node.shape[2]), int(node.shape[3])
+    height, width = x.shape[2] * factor, x.shape[3] * factor
+    _, _, r, s = weight_shape
+    place = places.reshape(-1, 1, 1)
+    image, row, column = place // (out_height * out_width), place // out_width % out_height, place % out_width
+    top, _, left, _ = k["padding"]
+    rows = row * k["stride"][0] - top + torch.arange(r).reshape(1, -1, 1) * k["dilation"][0]
+    columns = column * k["stride"][1] - left + torch.arange(s).reshape(1, 1, -1) * k["dilation"][1]
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    rows, columns = rows.clamp(0, height - 1) // factor, columns.clamp(0, width - 1) // factor
+    patches = x.permute(0, 2, 3, 1)[image, rows, columns] * inside[..., None]  # [P, R, S, C]
+    return patches.permute(0, 3, 1, 2).flatten(1)

@@ -219,6 +219,20 @@ def fake_quantize(x: Tensor, scale: Tensor | float, zero_point: Tensor | int, bi
     return ((rounded + zero_point).clamp(low, high) - zero_point).to(x.dtype) * scale
 
 
+def row_quantizer(table: Table, row: int) -> ActivationHook:
+    """The activation hook that fake-quantises as the table's ``row`` says."""
+    sites = {site: i for i, site in enumerate(table.sites)}
+
+    def activation(site: str, x: Tensor) -> Tensor:
+        at = sites[site]
+        bits = int(table.bits[row, at])
+        if bits == 16:
+            return x
+        return fake_quantize(x, float(table.scale[row, at]), int(table.zero_point[row, at]), bits)
+
+    return activation
+
+
 def simulate(
     graph: Graph,
     constants: Mapping[str, Tensor],
@@ -231,14 +245,7 @@ def simulate(
 ) -> Tensor:
     """The quantised model's output with fake-quant arithmetic in ``dtype``: what the integers must reproduce."""
     row = table.row(float(inputs["timestep"].flatten()[0]))
-    sites = {site: i for i, site in enumerate(table.sites)}
-
-    def activation(site: str, x: Tensor) -> Tensor:
-        at = sites[site]
-        bits = int(table.bits[row, at])
-        if bits == 16:
-            return x
-        return fake_quantize(x, float(table.scale[row, at]), int(table.zero_point[row, at]), bits)
+    activation = row_quantizer(table, row)
 
     def weight(node: Node, segment: int, _: Tensor | None) -> Tensor:
         return weights[node.kwargs["layer"]][segment].dequantize(dtype)

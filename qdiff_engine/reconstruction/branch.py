@@ -1,0 +1,67 @@
+"""A copy of the graph that advances node by node over the whole learning set and keeps the values still needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..graph.interpret import FloatInterpreter, row_quantizer
+from ..graph.ir import Graph, Node
+from ..tables import Table
+from .learning_set import LearningSet
+
+
+class Branch:
+    """The values of every sample, chunk by chunk, of the nodes evaluated so far that a later node reads.
+
+    Args:
+        graph: with its float parameters, ``constants``.
+        data: the learning set; its chunks are evaluated one by one.
+        table: scales and zero points of the activations, which are then fake-quantised; None leaves them floating.
+        weights: {layer: one weight per K segment} that take the float ones' place; may grow while the branch advances.
+        constants: may change while the branch advances, too.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        constants: Mapping[str, Tensor],
+        data: LearningSet,
+        table: Table | None = None,
+        weights: Mapping[str, tuple[Tensor, ...]] | None = None,
+    ) -> None:
+        self.weights = {} if weights is None else weights
+        self.interpreter = FloatInterpreter(constants, torch.float32)
+        self.interpreter.weight = self._weight
+        self.rows = []
+        self.values: list[dict[str, Any]] = []
+        for row, chunk in data.chunks():
+            self.rows.append(row)
+            values: dict[str, Any] = {name: data.inputs[name][chunk] for name in graph.inputs}
+            values["sample"] = values["sample"].contiguous(memory_format=torch.channels_last)
+            self.values.append(values)
+        self.table = table
+        self.last_use = {name: node.name for node in graph.nodes for name in node.refs()}
+        self.kept = {graph.output}
+
+    def advance(self, node: Node) -> None:
+        """Evaluate ``node`` for every chunk, and forget what only it has read."""
+        for row, values in zip(self.rows, self.values, strict=True):
+            if self.table is not None:
+                self.interpreter.activation = row_quantizer(self.table, row)
+            values[node.name] = self.interpreter.evaluate(node, values)
+            for name in set(node.refs()) - self.kept:
+                if self.last_use[name] == node.name:
+                    del values[name]
+
+    def of(self, name: str) -> list[Any]:
+        """The value called ``name``, one per chunk."""
+        return [values[name] for values in self.values]
+
+    def _weight(self, node: Node, segment: int, weight: Tensor) -> Tensor:
+        own = self.weights.get(node.kwargs["layer"])
+        return weight if own is None else own[segment]
+

@@ -1,0 +1,83 @@
+"""What the network received, drawn evenly from a calibration's trajectories: the data that reconstruction learns on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..calibration.calibration import Calibration, Trajectory
+from ..graph.interpret import flatten_conditioning
+from ..sampling import Conditioning, Guidance, conditioning_for
+
+_CHUNK = 16  # samples that the network evaluates at once
+
+
+@dataclass(frozen=True)
+class LearningSet:
+    """N inputs of the network, those of one row next to each other.
+
+    Args:
+        inputs: the graph's inputs by name, each with N along its first axis.
+        rows: int64 [N], the calibrated row of every sample, ascending.
+    """
+
+    inputs: dict[str, Tensor]
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def chunks(self) -> Iterator[tuple[int, slice]]:
+        """(row, samples) of at most 16 samples; a chunk has one row."""
+        start = 0
+        for row, count in zip(*torch.unique_consecutive(self.rows, return_counts=True), strict=True):
+            for first in range(start, start + int(count), _CHUNK):
+                yield int(row), slice(first, min(first + _CHUNK, start + int(count)))
+            start += int(count)
+
+
+def learning_set(calibration: Calibration, count: int) -> LearningSet:
+    """About ``count`` (x, t, conditioning), evenly from all steps; at least one of each, at most all there are.
+
+    With guidance every other sample has the unconditional branch's conditioning, as the network sees both.
+    """
+    path, guidance = calibration.trajectory, calibration.guidance
+    steps, available = len(path.timesteps), len(path.samples[0])
+    each = min(max(1, round(count / steps)), available)
+    pairs = sorted(_pairs(calibration, steps, available, each))
+    given = _conditioning_of(guidance, pairs, available)
+    inputs = {"sample": torch.stack([path.samples[step][j] for _, step, j in pairs]), "timestep": _times(path, pairs)}
+    return LearningSet({**inputs, **given}, torch.tensor([row for row, _, _ in pairs]))
+
+
+def _pairs(calibration: Calibration, steps: int, available: int, each: int) -> Iterator[tuple[int, int, int]]:
+    """(row, step, sample): consecutive steps draw consecutive samples, so that every run is heard."""
+    row_of = {timestep: row for row, timestep in enumerate(calibration.timesteps)}
+    for step in range(steps):
+        for k in range(each):
+            yield row_of[calibration.trajectory.timesteps[step]], step, (step * each + k) % available
+
+
+def _times(path: Trajectory, pairs: list[tuple[int, int, int]]) -> Tensor:
+    values = [path.timesteps[step] for _, step, _ in pairs]
+    whole = all(float(value).is_integer() for value in values)
+    return torch.tensor([int(v) for v in values]) if whole else torch.tensor(values, dtype=torch.float32)
+
+
+def _conditioning_of(guidance: Guidance, pairs: list[tuple[int, int, int]], available: int) -> dict[str, Tensor]:
+    """The graph's conditioning inputs of every pair."""
+    samples = torch.tensor([j for _, _, j in pairs])
+
+    def given(conditioning: Conditioning) -> dict[str, Tensor]:
+        return flatten_conditioning(conditioning_for(conditioning, range(available)))
+
+    conditional = {name: value[samples] for name, value in given(guidance.conditioning).items()}
+    if guidance.scale is None:
+        return conditional
+    without = given(guidance.unconditional)
+    for name, value in conditional.items():
+        value[1::2] = without[name][samples[1::2]]
+    return conditional
