@@ -32,8 +32,8 @@ class Recipe:
             "budget:FRACTION" or "budget:FRACTION:MODES" (least final error; 1 is all A8, 0.5 all A4);
             "preset:NAME" (a published split); or the mode ("A4", "A8", "A16") of every row, noisiest step first.
         weights: how weights are rounded: "nearest" (with the scale of least output error per channel), "gptq" (each
-            rounding error made good by the weights still to come) or "adaround" (learnt, block by block).
-        learn_iterations: of each block, where something is learnt; 0 learns nothing.
+            rounding error made good by the weights still to come) or "adaround" (learnt from there, block by block).
+        learn_iterations: of each block, with "adaround"; 0 learns nothing and leaves nearest rounding.
         equalise: "on" divides the channels of activations by factors that the weights absorb, where a search finds that
             the layers' outputs gain from it; see `equalisation`.
         observer: how a range is read off the statistics: "minmax", "percentile" or "mse".
@@ -146,9 +146,9 @@ def check_correct(value: Any) -> tuple[str, bool, bool]:
 
 NAMED: dict[str, dict[str, Any]] = {
     "w8a8": {"weight_bits": 8, "activation_bits": 8},
-    "w4a8": {"weight_bits": 4, "activation_bits": 8},
-    "w4a4": {"weight_bits": 4, "activation_bits": 4},
-    "w4a8-mixed": {"weight_bits": 4, "activation_bits": 8, "plan": "budget:0.9:A4,A8"},
+    "w4a8": {"weight_bits": 4, "activation_bits": 8, "weights": "gptq"},
+    "w4a4": {"weight_bits": 4, "activation_bits": 4, "weights": "gptq"},
+    "w4a8-mixed": {"weight_bits": 4, "activation_bits": 8, "weights": "gptq", "plan": "budget:0.9:A4,A8"},
     "w8a16": {"weight_bits": 8, "activation_bits": 16},
-    "w4a16": {"weight_bits": 4, "activation_bits": 16},
+    "w4a16": {"weight_bits": 4, "activation_bits": 16, "weights": "gptq"},
 }

@@ -47,18 +47,14 @@ def search_scale(weight: Tensor, bits: int, inputs: Tensor | None = None) -> Ten
     return best
 
 
-def nearest(
-    weight: Tensor, bits: int, inputs: Tensor | None = None, hessian: Tensor | None = None
-) -> QuantizedWeight:
+def nearest(weight: Tensor, bits: int, inputs: Tensor | None = None, hessian: Tensor | None = None) -> QuantizedWeight:
     """q = round(w / s_w) with the scale of least output error per channel (`search_scale`); no use for ``hessian``."""
     flat = weight.float().flatten(1)
     scale = search_scale(flat, bits, inputs)
     return QuantizedWeight(numerics.quantize_weight(weight.float(), scale, bits), scale, bits)
 
 
-def gptq(
-    weight: Tensor, bits: int, inputs: Tensor | None = None, hessian: Tensor | None = None
-) -> QuantizedWeight:
+def gptq(weight: Tensor, bits: int, inputs: Tensor | None = None, hessian: Tensor | None = None) -> QuantizedWeight:
     """Round one input channel after another; what each rounding spoils, the channels still to come make good.
 
     With H = X^T X / P + damp I and U the upper Cholesky factor of H^-1, channel k's error e = (w_k - s q_k) / U_kk is

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qdiff_engine import numerics
-from qdiff_engine.rounding import _DAMP, gptq, nearest, search_scale
+from qdiff_engine.rounding import _DAMP, gptq, nearest, search_scale, second_moments
 
 
 def _correlated(vectors: int, k: int, seed: int = 0) -> torch.Tensor:
@@ -47,6 +47,15 @@ def test_gptq_equals_its_definition(n: int, k: int, bits: int) -> None:
     expected = _naive_gptq(weight, result.scale, inputs, bits)
     differing = (result.values != expected).float().mean()
     assert differing <= 0.002, "float32 sweeps may see a rounding tie differently, and nothing else"
+
+
+def test_gptq_with_a_hessian_of_more_vectors_than_it_is_given() -> None:
+    weight, inputs = torch.randn(4, 60), _correlated(400, 60)
+    few = inputs[:30]  # fewer than K: their own second moments would not do
+    result = gptq(weight, 4, few, second_moments(inputs))
+    assert torch.equal(result.scale, search_scale(weight, 4, few))
+    differing = (result.values != _naive_gptq(weight, result.scale, inputs, 4)).float().mean()
+    assert differing <= 0.005, "float32 sweeps may see a rounding tie differently, and nothing else"
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -47,7 +47,11 @@ CORRECTION_SEED = 10_000  # added to --seed: corrections see other trajectories 
     help="The deployment sampler; 'folder' is the scheduler saved with MODEL.",
 )
 @click.option("--observer", default="mse", show_default=True, help="How ranges are found: minmax, percentile or mse.")
-@click.option("--weights", default="nearest", show_default=True, help="How weights are rounded: nearest or gptq.")
+@click.option(
+    "--weights",
+    help="How weights are rounded: nearest, gptq or adaround (learnt).  [default: the recipe's; gptq for 4 bits]",
+)
+@count_option("--learn-iterations", 500, "Of each block, with --weights adaround; 0 learns nothing.", least=0)
 @click.option(
     "--equalise",
     type=click.Choice(["off", "on"]),
@@ -85,7 +89,8 @@ def calibrate(
     out: str,
     sampler: str,
     observer: str,
-    weights: str,
+    weights: str | None,
+    learn_iterations: int,
     equalise: str,
     rows: str,
     edges: str,
@@ -110,7 +115,9 @@ def calibrate(
     from ..recipe import Recipe, check_correct
     from ..runtime.summary import layer_rows
 
-    recipe = Recipe.named(recipe_name, observer=observer, weights=weights, rows=rows, edges=edges, equalise=equalise)
+    changes: dict[str, Any] = {"observer": observer, "rows": rows, "edges": edges, "equalise": equalise}
+    changes |= {"learn_iterations": learn_iterations} | ({} if weights is None else {"weights": weights})
+    recipe = Recipe.named(recipe_name, **changes)
     check_correct(correction)
     alignment = align_settings(align, align_iterations, align_batch, align_pairs, seed)
     place = use_machine(device, threads)
@@ -150,6 +157,7 @@ def calibrate(
             calibration = equalised(calibration, recipe, on_step=advance)
     choices: list[Any] = []
     total = len(list(integer_layers(calibration.capture.graph))) + plan_trials(recipe, len(calibration.timesteps))
+    total += learning_iterations(recipe, calibration)
     with output.progress("quantising", total) as advance:
         quantized = quantize(
             loaded.unet,
@@ -158,6 +166,8 @@ def calibrate(
             on_layer=lambda _: advance(),
             on_trial=advance,
             on_plan=choices.append,
+            on_progress=lambda learnt: advance(f"learning block {learnt.block}, loss {learnt.loss:.3f}"),
+            cache_dir=partial / "weights",
         )
     quantized, learning = aligned(output, quantized, calibration, alignment, partial, place)
     if correction != "none":
@@ -184,6 +194,15 @@ def plan_trials(recipe: Any, rows: int) -> int:
 
     request = recipe.plan_request()
     return trials(request, rows) if request is not None and request.measured else 0
+
+
+def learning_iterations(recipe: Any, calibration: Any) -> int:
+    """How many iterations learning the recipe's weights takes."""
+    from ..reconstruction.blocks import find_blocks
+
+    if recipe.weights != "adaround":
+        return 0
+    return recipe.learn_iterations * sum(1 for block in find_blocks(calibration.capture.graph) if block.layers)
 
 
 def corrected(

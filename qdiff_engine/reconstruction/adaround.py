@@ -33,13 +33,18 @@ class SoftWeight:
     bits: int
 
     @classmethod
-    def of(cls, weight: Tensor, scale: Tensor, bits: int) -> SoftWeight:
-        """The relaxation that starts at the float ``weight`` itself, wherever it is within range."""
-        scaled = weight.float() / per_channel(scale, weight)
-        floor = torch.floor(scaled)
-        fraction = (scaled - floor).clamp(1e-4, 1 - 1e-4)
-        choice = -torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1)
-        return cls(floor, choice.requires_grad_(), scale, bits)
+    def of(cls, weight: Tensor, start: QuantizedWeight) -> SoftWeight:
+        """The relaxation that lies halfway between the float ``weight`` and ``start``, whose choices it has.
+
+        The two integers are the one of ``start`` and its neighbour towards ``weight``.
+        """
+        scaled = weight.float() / per_channel(start.scale, weight)
+        chosen = start.values.float()
+        floor = torch.where(scaled >= chosen, chosen, chosen - 1)
+        upward = (scaled + chosen) / 2 - floor
+        upward = torch.where(chosen == floor, upward.clamp(max=0.49), upward.clamp(min=0.51)).clamp(0.01, 0.99)
+        choice = -torch.log((ZETA - GAMMA) / (upward - GAMMA) - 1)
+        return cls(floor, choice.requires_grad_(), start.scale, start.bits)
 
     def upward(self) -> Tensor:
         """h(v) in [0, 1]."""

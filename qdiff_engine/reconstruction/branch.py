@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +58,12 @@ class Branch:
                 if self.last_use[name] == node.name:
                     del values[name]
 
+    def fork(self) -> Branch:
+        """A branch at the same place that advances by itself; weights and constants stay shared."""
+        other = copy.copy(self)
+        other.values = [dict(values) for values in self.values]
+        return other
+
     def of(self, name: str) -> list[Any]:
         """The value called ``name``, one per chunk."""
         return [values[name] for values in self.values]
@@ -64,4 +71,3 @@ class Branch:
     def _weight(self, node: Node, segment: int, weight: Tensor) -> Tensor:
         own = self.weights.get(node.kwargs["layer"])
         return weight if own is None else own[segment]
-

@@ -87,7 +87,7 @@ def bias_shift(
     Without it a rounding error that all inputs share survives every average over pixels and steps, and moves the
     image's mean. None where the inputs are not known.
 
-    Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction (ICCV 2019), section 4.2.
+    Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction (ICCV 2019), 4.2.
     """
     shift = None
     for part, weight, x in zip(parts, weights, inputs, strict=True):
@@ -109,7 +109,9 @@ def with_own_biases(
         if shift is None:
             continue
         bias: Any = node.kwargs["bias"]
-        key = bias.key if bias is not None and readers[bias.key] == 1 else _fresh(f"{node.kwargs['layer']}.bias", changed)
+        key = (
+            bias.key if bias is not None and readers[bias.key] == 1 else _fresh(f"{node.kwargs['layer']}.bias", changed)
+        )
         changed[key] = shift if bias is None else constants[bias.key].float() + shift
         node.kwargs = {**node.kwargs, "bias": Const(key)}
     return Graph(graph.inputs, nodes, graph.output), changed

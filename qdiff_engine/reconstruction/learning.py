@@ -18,12 +18,12 @@ from ..tables import Table
 from ..weights import QuantizedWeight
 from .adaround import SoftWeight, sharpness, undecided
 from .blocks import Block
-from .layers import LAYERS, segments
+from .layers import segments
 from .quantizers import RowQuantizer
 
 _BATCH = 8  # samples per iteration
-_RATE = 2e-2  # Adam's, of the choices; falls to 0 along a cosine
-_DECISION = 1.0  # weight of the regulariser, when nearest rounding's error counts 1
+_RATE = 5e-2  # Adam's, of the choices; constant, for the choices are made at the end
+_DECISION = 1000.0  # weight of the regulariser, when the error that learning starts from counts 1
 _CHECK = 16  # samples that the block evaluates at once where nothing is learnt
 
 Means = dict[str, tuple[Tensor, ...]]  # mean of what each K segment of a layer multiplies
@@ -49,7 +49,9 @@ class BlockData:
 
     def at(self, entries: Mapping[str, Any], samples: Tensor) -> dict[str, Any]:
         """The entries of some samples, int64 [n]."""
-        return {name: taken(x, samples, self.batched[name]) if name in self.batched else x for name, x in entries.items()}
+        return {
+            name: taken(x, samples, self.batched[name]) if name in self.batched else x for name, x in entries.items()
+        }
 
 
 def taken(x: Tensor, samples: Tensor, each: int) -> Tensor:
@@ -96,25 +98,24 @@ def learn_rounding(
 ) -> dict[str, tuple[QuantizedWeight, ...]]:
     """Integer weights of the block's layers that least change its output; the scales stay those of ``start``.
 
-    L = |y - y_hat|^2 / |y - y_nearest|^2 + mean(1 - |2 h - 1|^b), over random batches; Adam, cosine to zero. A layer's
+    L = |y - y_hat|^2 / |y - y_start|^2 + 1000 mean(1 - |2 h - 1|^b), over random batches, with Adam. A layer's
     bias follows its relaxed weights, b' = b + (W - W_soft) E[x] with ``means``, as it will once they are integers.
 
     Args:
-        start: nearest rounding, which the first term is measured against.
+        start: the integers that the choices begin at, which the first term is measured against.
         drop: probability with which an element stays as it is in the float network: at the block's entries, and at
             its quantisers.
         on_iteration: called with the loss's first term, for progress.
     """
     parts = {node.kwargs["layer"]: segments(node, network.constants) for node in network.block.layers}
     soft = {
-        layer: tuple(SoftWeight.of(part, w.scale, w.bits) for part, w in zip(parts[layer], start[layer], strict=True))
+        layer: tuple(SoftWeight.of(part, w) for part, w in zip(parts[layer], start[layer], strict=True))
         for layer in parts
     }
     choices = [weight.choice for weights in soft.values() for weight in weights]
     count = sum(choice.numel() for choice in choices)
     unit = reference_error(network, start, means, data)
     optimizer = torch.optim.Adam(choices, lr=_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     samples = batches(len(data.rows), generator)
     with torch.enable_grad():
         for iteration in range(iterations):
@@ -130,25 +131,32 @@ def learn_rounding(
             b = sharpness(iteration, iterations)
             loss = error
             if b is not None:
-                loss = loss + _DECISION / count * torch.stack([undecided(h, b) for hs in upward.values() for h in hs]).sum()
+                loss = (
+                    loss
+                    + _DECISION / count * torch.stack([undecided(h, b) for hs in upward.values() for h in hs]).sum()
+                )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            schedule.step()
             if on_iteration is not None:
                 on_iteration(float(error.detach()))
     return {layer: tuple(weight.rounded() for weight in weights) for layer, weights in soft.items()}
 
 
 def shift_biases(
-    network: BlockNetwork, parts: Mapping[str, tuple[Tensor, ...]], weights: Mapping[str, tuple[Tensor, ...]], means: Means
+    network: BlockNetwork,
+    parts: Mapping[str, tuple[Tensor, ...]],
+    weights: Mapping[str, tuple[Tensor, ...]],
+    means: Means,
 ) -> None:
     """Give the network's layers the biases that go with ``weights``: b' = b + sum over segments of (W - W') E[x]."""
     for node in network.block.layers:
         layer, bias = node.kwargs["layer"], node.kwargs["bias"]
         if layer in means and bias is not None:
             changes = zip(parts[layer], weights[layer], means[layer], strict=True)
-            network.constants[bias.key] = network.original[bias.key] + sum((w - v).flatten(1) @ mean for w, v, mean in changes)
+            network.constants[bias.key] = network.original[bias.key] + sum(
+                (w - v).flatten(1) @ mean for w, v, mean in changes
+            )
 
 
 @torch.no_grad()

@@ -14,14 +14,14 @@ from torch import Tensor
 from ..calibration.calibration import Calibration
 from ..calibration.checkpoint import Checkpoint, fingerprint
 from ..graph.ir import Graph, Node
-from ..rounding import gptq, nearest
+from ..rounding import gptq
 from ..tables import Table
 from ..weights import QuantizedWeight
 from .blocks import Block, find_blocks
 from .branch import Branch
 from .inputs import SegmentInputs, layer_vectors
 from .layers import LAYERS, RoundedLayer, bias_shift, layer_bits, layers, round_layer, segments, with_own_biases
-from .learning import BlockData, BlockNetwork, learn_rounding
+from .learning import BlockData, BlockNetwork, Means, learn_rounding
 from .learning_set import LearningSet, learning_set
 
 _SAMPLES = 256  # of the learning set, fewer where they would not fit
@@ -30,13 +30,13 @@ _MEMORY = 2 << 30  # bytes of the values that wait for a later node, in both bra
 
 @dataclass(frozen=True)
 class Progress:
-    """Where learning is: ``loss`` is the block's squared error, 1 for nearest rounding; 0 iterations for GPTQ."""
+    """Where learning is: ``loss`` is the block's squared error on a batch, 1 for the integers that it starts from."""
 
     block: int
     blocks: int
     iteration: int
     iterations: int
-    loss: float | None = None
+    loss: float
 
 
 OnProgress = Callable[[Progress], None]
@@ -53,7 +53,7 @@ def reconstruct(
     on_layer: Callable[[str], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, RoundedLayer]:
-    """Round layer after layer (``gptq``) or block after block (``adaround``) from inputs of the quantised prefix.
+    """Round layer after layer (``gptq``), or learn block after block from there (``adaround``).
 
     The whole learning set advances through the graph node by node, in a quantised copy and, where targets are needed,
     in a float one: every layer is rounded when its inputs already carry the errors of all layers before it, at the
@@ -68,6 +68,9 @@ def reconstruct(
 
     Returns:
         {layer: its integers and what its bias gains}; the same arguments give the same bit for bit, resumed or not.
+
+    Raises:
+        ValueError: another method, less than one iteration of AdaRound, or a weight that is not finite.
     """
     if method not in ("gptq", "adaround"):
         raise ValueError(f"method must be gptq or adaround, got {method!r}")
@@ -152,7 +155,7 @@ class _Stage:
     def finish(
         self, block: Block, known: Mapping[str, Tensor] | None, report: Callable[[float], None]
     ) -> dict[str, Tensor]:
-        """Round a block's layers, or take them from an earlier run, and advance past it; returns them for a checkpoint."""
+        """Round a block's layers, or take them from an earlier run, and advance past it; their tensors to keep."""
         learnt: dict[str, tuple[QuantizedWeight, ...]] = {}
         if self.floating is not None:
             if block.layers and known is None:
@@ -163,39 +166,54 @@ class _Stage:
         tensors: dict[str, Tensor] = {}
         for node in block.nodes:
             if node.op in LAYERS:
-                layer = self._round(node, known, learnt.get(node.kwargs["layer"]))
-                tensors |= layer.tensors(node.kwargs["layer"])
+                name = node.kwargs["layer"]
+                layer = self._known(node, known) if known is not None else self._round(node, learnt.get(name))
+                self._use(node, layer)
+                self.rounded[name] = layer
+                tensors |= layer.tensors(name)
             self.quantized.advance(node)
         return tensors
 
-    def _round(
-        self, node: Node, known: Mapping[str, Tensor] | None, learnt: tuple[QuantizedWeight, ...] | None
-    ) -> RoundedLayer:
-        """The layer's integers, its new weight and bias given to the quantised branch."""
-        name, parts = node.kwargs["layer"], segments(node, self.constants)
+    def _known(self, node: Node, known: Mapping[str, Tensor]) -> RoundedLayer:
         bits = layer_bits(node, self.weight_bits)
-        if known is not None:
-            layer = RoundedLayer.from_tensors(known, name, len(parts), bits)
-        else:
-            inputs = self._inputs(node, parts, covariance=learnt is None)
-            if learnt is None:
-                layer = round_layer(parts, bits, inputs, gptq)
-            else:
-                layer = RoundedLayer(learnt, bias_shift(parts, learnt, inputs))
-        self.rounded[name] = layer
-        self.weights[name] = tuple(weight.dequantize() for weight in layer.weights)
+        return RoundedLayer.from_tensors(known, node.kwargs["layer"], len(node.args), bits)
+
+    def _round(self, node: Node, learnt: tuple[QuantizedWeight, ...] | None) -> RoundedLayer:
+        """The layer's integers, by GPTQ unless they are ``learnt``, and its bias, for what the layer receives."""
+        parts, inputs = segments(node, self.constants), self._inputs(self.quantized, node, covariance=learnt is None)
+        if learnt is not None:
+            return RoundedLayer(learnt, bias_shift(parts, learnt, inputs))
+        return round_layer(parts, layer_bits(node, self.weight_bits), inputs, gptq)
+
+    def _use(self, node: Node, layer: RoundedLayer) -> None:
+        """From here on the quantised branch has these weights and this bias."""
+        self.weights[node.kwargs["layer"]] = tuple(weight.dequantize() for weight in layer.weights)
         if layer.shift is not None:
             key = node.kwargs["bias"].key
-            self.constants[key] = self.constants[key] + layer.shift
-        return layer
+            self.constants[key] = self.float_constants[key] + layer.shift
 
-    def _inputs(self, node: Node, parts: tuple[Tensor, ...], covariance: bool) -> list[SegmentInputs | None]:
+    def _inputs(self, branch: Branch, node: Node, covariance: bool) -> list[SegmentInputs | None]:
+        parts = segments(node, self.constants)
         if node.kwargs.get("groups", 1) != 1:
             return [None] * len(parts)
         return [
-            SegmentInputs.streamed(layer_vectors(node, i, part.shape, self.quantized.of(ref.name)), covariance)
+            SegmentInputs.streamed(layer_vectors(node, i, part.shape, branch.of(ref.name)), covariance)
             for i, (part, ref) in enumerate(zip(parts, node.args, strict=True))
         ]
+
+    def _start(self, block: Block) -> tuple[dict[str, tuple[QuantizedWeight, ...]], Means]:
+        """GPTQ's integers for a block's layers, and the mean of what each of them multiplies."""
+        fork, start, means = self.quantized.fork(), {}, {}
+        for node in block.nodes:
+            if node.op in LAYERS:
+                name, inputs = node.kwargs["layer"], self._inputs(fork, node, covariance=True)
+                layer = round_layer(segments(node, self.constants), layer_bits(node, self.weight_bits), inputs, gptq)
+                self._use(node, layer)
+                start[name] = layer.weights
+                if layer.shift is not None:
+                    means[name] = tuple(x.mean for x in inputs if x is not None)
+            fork.advance(node)
+        return start, means
 
     def _learn(self, block: Block, report: Callable[[float], None]) -> dict[str, tuple[QuantizedWeight, ...]]:
         """AdaRound of a block; the float branch advances past it."""
@@ -205,7 +223,7 @@ class _Stage:
         entries = [name for name in block.entries if name not in own]
         quantized = {name: self._gathered(self.quantized, name) for name in entries}
         floating = {name: self._gathered(self.floating, name) for name in entries}
-        start = {node.kwargs["layer"]: self._nearest(node) for node in block.layers}
+        start, means = self._start(block)
         target: Any = None
         for node in block.nodes:
             self.floating.advance(node)
@@ -217,12 +235,7 @@ class _Stage:
         data = BlockData(quantized, floating, batched, target, self.data.rows)
         network = BlockNetwork(block, scalars, self.float_constants, self.table)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.calibration.key['seed']} {block.exit}".encode()))
-        means = self._means(network, start, data)
         return learn_rounding(network, start, means, data, self.iterations, generator, on_iteration=report)
-
-    def _nearest(self, node: Node) -> tuple[QuantizedWeight, ...]:
-        parts, inputs = segments(node, self.constants), recorded_inputs(self.calibration, node)
-        return round_layer(parts, layer_bits(node, self.weight_bits), inputs, nearest).weights
 
     def _each(self, name: str) -> int:
         """How many values along a value's first axis belong to a sample; 0 where it is the same for all."""
@@ -234,26 +247,6 @@ class _Stage:
         """A value of all samples in one; of one chunk, where it is the same for all."""
         parts = branch.of(name)
         return torch.cat(parts) if self._each(name) else parts[0]
-
-    def _means(
-        self, network: BlockNetwork, start: Mapping[str, tuple[QuantizedWeight, ...]], data: BlockData
-    ) -> dict[str, tuple[Tensor, ...]]:
-        """Mean of what each layer of the block multiplies, behind the quantised prefix and nearest rounding."""
-        weights = {layer: tuple(w.dequantize() for w in own) for layer, own in start.items()}
-        seen: dict[str, dict[int, list[Tensor]]] = {}
-
-        def observe(node: Node, segment: int, x: Tensor) -> None:
-            if node.kwargs.get("groups", 1) == 1:
-                parts = seen.setdefault(node.kwargs["layer"], {}).setdefault(segment, [])
-                shape = weights[node.kwargs["layer"]][segment].shape
-                parts += [v.mean(0) for v in layer_vectors(node, segment, shape, [x])]
-
-        for picked in torch.arange(len(data.rows)).split(16):
-            network.evaluate(data.at(data.quantized, picked), data.rows[picked], weights, observe=observe)
-        return {
-            layer: tuple(torch.stack(by_segment[i]).mean(0) for i in sorted(by_segment))
-            for layer, by_segment in seen.items()
-        }
 
 
 def recorded_inputs(calibration: Calibration, node: Node) -> list[SegmentInputs | None]:
