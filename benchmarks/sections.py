@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks import results_file
 from qdiff_engine.baselines import first_line
+from qdiff_engine.measuring import thread_count
 
 Rows = list[dict[str, Any]]
 _SAME = ("gpu", "cpu", "torch", "triton", "commit")  # what rows of one file have in common
@@ -138,3 +139,28 @@ def run(
     if path is not None:
         print(f"{path}: {len(rows)} rows, {len(machine['sections'])} of {len(sections)} sections")
     return rows, wrong
+
+
+def command(
+    description: str | None,
+    plan: Callable[[bool], Sequence[Section]],
+    results: str,
+    kind: str,
+    title: str,
+    columns: Sequence[str],
+) -> int:
+    """The command line of a benchmark on the CPU that runs section by section; the exit status.
+
+    Args:
+        plan: the sections, or with True those of a smoke run, which writes nothing.
+        results: name of the result file; ``kind``: of its rows; ``title``, ``columns``: of the printed table.
+    """
+    parser = results_file.arguments(description, results)
+    results_file.section_arguments(parser)
+    options = parser.parse_args()
+    path = options.out or (None if options.quick else results_file.RESULTS / results)
+    with thread_count(options.threads):
+        machine = results_file.machine(commit=options.commit)
+        found, wrong = run(plan(options.quick), options, kind, machine, path)
+    results_file.show(title, found, columns)
+    return 1 if wrong else 0

@@ -13,6 +13,7 @@ _WHERE = {
     "calibrate": "calibration.calibration",
     "quantize": "quantization",
     "align": "alignment.alignment",
+    "AlignmentSettings": "alignment.training",
     "IntegerUNet": "runtime.model",
     "load": "runtime.model",
     "sample": "sampling",
@@ -27,6 +28,7 @@ __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
     from .alignment.alignment import align as align
+    from .alignment.training import AlignmentSettings as AlignmentSettings
     from .benchmarking import bench as bench
     from .bops import count_bops as count_bops
     from .calibration.calibration import Calibration as Calibration

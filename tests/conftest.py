@@ -12,8 +12,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-_SHARED = "PYTEST_XDIST_WORKER" in os.environ  # with other processes of the same test run
-torch.set_num_threads(1 if _SHARED else min(2, torch.get_num_threads()))
+torch.set_num_threads(min(2, torch.get_num_threads()))  # in every test process alike: last bits hang on it
 _MOST_PROCESSES = 8  # each needs a gigabyte
 
 

@@ -29,7 +29,7 @@ from qdiff_engine.alignment.alignment import end_errors
 from qdiff_engine.alignment.learnt import Learnt, Simulation, row_groups
 from qdiff_engine.alignment.memory import Memory
 from qdiff_engine.alignment.path import FloatNetwork, Moment, OwnSteps, float_path
-from qdiff_engine.alignment.training import Progress, Settings, group_starts
+from qdiff_engine.alignment.training import AlignmentSettings, Progress, group_starts
 from qdiff_engine.calibration.calibration import Calibration
 from qdiff_engine.graph.interpret import simulate
 from qdiff_engine.recipe import Recipe
@@ -78,8 +78,10 @@ def test_rows_that_share_a_range_learn_together() -> None:
 @pytest.fixture(scope="module")
 def aligned() -> tuple[IntegerUNet, IntegerUNet, Calibration, list[Progress], list[Memory]]:
     calibration, told, memory = networks.calibration("sd"), [], []
-    model = quantised(calibration, "sd", rows="group:2")
-    settings = Settings(group=2, iterations=24, batch=2, scale_rate=0.05, zero_point_rate=0.2, weight_rate=0.02)
+    model = quantised(calibration, "sd", rows="group:2", weights="nearest")
+    settings = AlignmentSettings(
+        group=2, iterations=24, batch=2, scale_rate=0.05, zero_point_rate=0.2, weight_rate=0.02
+    )
     new = qe.align(model, calibration, settings, on_start=memory.append, on_iteration=told.append)
     return model, new, calibration, told, memory
 
@@ -126,7 +128,7 @@ def test_aligned_model_is_an_artifact_like_any_other(aligned: Any, tmp_path: Pat
 def test_simulation_and_integers_differ_by_rounding_only(name: str) -> None:
     """After learning, layer by layer: the same integers but for ties, and outputs to float32's precision."""
     calibration = networks.calibration(name)
-    model = qe.align(quantised(calibration, name), calibration, Settings(group=2, iterations=6, batch=2))
+    model = qe.align(quantised(calibration, name), calibration, AlignmentSettings(group=2, iterations=6, batch=2))
     for step in networks.trajectory(name):
         given = networks.conditioning(name, SAMPLES)
         rows = layer_agreement(model, networks.flat_inputs(model, step.sample, step.timestep, given))
@@ -175,7 +177,7 @@ def test_zero_iterations_are_the_plain_path(tmp_path: Path) -> None:
     """The artifact's three files are the plain one's, byte for byte."""
     calibration = networks.calibration(NAME)
     plain = quantised(calibration)
-    untouched = qe.align(plain, calibration, Settings(group=2, iterations=0))
+    untouched = qe.align(plain, calibration, AlignmentSettings(group=2, iterations=0))
     for model, folder in ((plain, "a"), (untouched, "b")):
         model.save_pretrained(tmp_path / folder)
     for file in FILES:
@@ -184,10 +186,12 @@ def test_zero_iterations_are_the_plain_path(tmp_path: Path) -> None:
 
 def test_quantize_aligns_where_the_recipe_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `align` does afterwards, on rows of the plan that was chosen."""
-    monkeypatch.setattr(Settings, "__init__", functools.partialmethod(Settings.__init__, iterations=2, batch=2))
+    monkeypatch.setattr(
+        AlignmentSettings, "__init__", functools.partialmethod(AlignmentSettings.__init__, iterations=2, batch=2)
+    )
     calibration = networks.calibration(NAME)
     at_once = quantised(calibration, align="accuquant:3")
-    after = qe.align(quantised(calibration), calibration, Settings(group=3))
+    after = qe.align(quantised(calibration), calibration, AlignmentSettings(group=3))
     assert at_once.recipe == after.recipe == Recipe.named("w4a4", align="accuquant:3")
     assert torch.equal(at_once.table.scale, after.table.scale)
     assert not torch.equal(at_once.table.scale, quantised(calibration).table.scale)
@@ -211,7 +215,7 @@ def resumable(folder: str | Path | None, told: Callable[[Progress], None]) -> In
     """The run that is killed: its state is written every 3 of 24 iterations."""
     training.SAVE_EVERY = 3
     calibration = networks.calibration(NAME)
-    settings = Settings(group=2, iterations=24, batch=2)
+    settings = AlignmentSettings(group=2, iterations=24, batch=2)
     return qe.align(quantised(calibration), calibration, settings, cache_dir=folder, on_iteration=told)
 
 
@@ -237,7 +241,7 @@ def test_work_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
     model, counts = quantised(calibration), []
     for seed in (0, 0, 1):
         told: list[Progress] = []
-        settings = Settings(group=2, iterations=3, batch=2, seed=seed)
+        settings = AlignmentSettings(group=2, iterations=3, batch=2, seed=seed)
         qe.align(model, calibration, settings, cache_dir=tmp_path / "work", on_iteration=told.append)
         counts.append(len(told))
     assert counts == [3, 0, 3]
@@ -247,7 +251,7 @@ def test_divergence_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     calibration, model = networks.calibration(NAME), networks.integer_model(NAME, "w4a4")
     monkeypatch.setattr(training, "accumulate_gradient", lambda *_: float("nan"))
     with pytest.raises(ValueError, match="diverged at iteration 0: lower its learning rates"):
-        qe.align(model, calibration, Settings(group=2, iterations=9, batch=2))
+        qe.align(model, calibration, AlignmentSettings(group=2, iterations=9, batch=2))
 
 
 def test_bad_arguments() -> None:
@@ -260,13 +264,13 @@ def test_bad_arguments() -> None:
         ({"scale_rate": float("nan")}, "scale_rate must be a finite number"),
     ):
         with pytest.raises(ValueError, match=message):
-            qe.align(model, calibration, Settings(**{"group": 2, **settings}))
+            qe.align(model, calibration, AlignmentSettings(**{"group": 2, **settings}))
     with pytest.raises(TypeError, match="model must be an IntegerUNet, got str"):
         qe.align("model", calibration)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="calibration must come from"):
         qe.align(model, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="calibration is not the one"):
-        qe.align(model, networks.calibration("plain"), Settings(group=2))
+        qe.align(model, networks.calibration("plain"), AlignmentSettings(group=2))
     shifted = dataclasses.replace(model.table, output_shift=model.table.output_shift + 1)
     with pytest.raises(ValueError, match="corrected already; align it first"):
         qe.align(model.with_table(shifted), calibration)
@@ -285,8 +289,8 @@ def test_running_out_of_memory_names_the_setting(error: BaseException, monkeypat
     calibration, model = networks.calibration(NAME), networks.integer_model(NAME, "w4a4")
     monkeypatch.setattr(training, "accumulate_gradient", fails)
     with pytest.raises(OSError, match="not enough memory to align 3 samples at a time; lower batch") as found:
-        qe.align(model, calibration, Settings(group=2, iterations=2, batch=3))
+        qe.align(model, calibration, AlignmentSettings(group=2, iterations=2, batch=3))
     assert found.value.errno == errno.ENOMEM
     monkeypatch.setattr(training, "accumulate_gradient", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        qe.align(model, calibration, Settings(group=2, iterations=2, batch=3))
+        qe.align(model, calibration, AlignmentSettings(group=2, iterations=2, batch=3))

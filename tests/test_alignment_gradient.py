@@ -20,7 +20,7 @@ from qdiff_engine.alignment.learnt import Learnt, Simulation
 from qdiff_engine.alignment.memory import SavedBytes, estimated, held_by
 from qdiff_engine.alignment.path import FloatNetwork, FusedSteps, Moment, float_path, fused_step
 from qdiff_engine.alignment.path import Path as FloatPath
-from qdiff_engine.alignment.training import Settings
+from qdiff_engine.alignment.training import AlignmentSettings
 from qdiff_engine.graph.interpret import fake_quantize
 from qdiff_engine.runtime.model import IntegerUNet
 from qdiff_engine.samplers import Stepper
@@ -178,7 +178,7 @@ def test_other_samplers_replay_their_state(name: str) -> None:
                 assert relative(path.steps.received(moment), received[some]) < 1e-5
     errors = end_errors(FloatNetwork(calibration), calibration, group=2)
     assert max(errors) < 1e-5  # the float network stays on its own path
-    aligned = qe.align(quantised(calibration), calibration, Settings(group=2, iterations=4, batch=2))
+    aligned = qe.align(quantised(calibration), calibration, AlignmentSettings(group=2, iterations=4, batch=2))
     assert not torch.equal(aligned.table.scale, quantised(calibration).table.scale)
 
 

@@ -11,7 +11,7 @@ from networks import SAMPLES, STEPS, normal
 
 import qdiff_engine as qe
 from qdiff_engine.alignment.alignment import float_path
-from qdiff_engine.alignment.training import Settings, batches
+from qdiff_engine.alignment.training import AlignmentSettings, batches
 from qdiff_engine.calibration.calibration import Calibration, Trajectory
 from qdiff_engine.calibration.selection import (
     Selection,
@@ -131,7 +131,7 @@ def test_alignment_learns_on_the_selected_pairs() -> None:
     assert every == dict.fromkeys(range(STEPS), SAMPLES // 2)
     calibration = networks.calibration("plain")  # no prompt, whose ranges all rows share
     model = quantize(networks.network("plain"), calibration, Recipe.named("w4a4"))
-    learnt = qe.align(model, calibration, Settings(group=1, iterations=6, batch=2, pairs="uniform:1"))
+    learnt = qe.align(model, calibration, AlignmentSettings(group=1, iterations=6, batch=2, pairs="uniform:1"))
     moved = (learnt.table.scale != model.table.scale).any(1)
     ((step, _),) = selected_pairs(calibration, Selection("uniform", 1))
     assert moved.nonzero().flatten().tolist() == [step]
@@ -145,4 +145,4 @@ def test_selections_need_a_sampler_without_state() -> None:
     )
     model = quantize(networks.network("plain"), calibration, Recipe.named("w4a4"))
     with pytest.raises(ValueError, match="pairs can be selected for DDIM and DDPM"):
-        qe.align(model, calibration, Settings(group=1, iterations=1, batch=2, pairs="uniform:2"))
+        qe.align(model, calibration, AlignmentSettings(group=1, iterations=1, batch=2, pairs="uniform:2"))

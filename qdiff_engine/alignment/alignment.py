@@ -23,7 +23,7 @@ from .gradient import rollout
 from .learnt import Learnt, Simulation
 from .memory import Memory, estimated
 from .path import Path, float_path
-from .training import Progress, Settings, Trainer, group_starts
+from .training import AlignmentSettings, Progress, Trainer, group_starts
 
 _ERROR_BATCHES = 2  # of the float path, that the error at the groups' ends is measured on
 
@@ -31,7 +31,7 @@ _ERROR_BATCHES = 2  # of the float path, that the error at the groups' ends is m
 def align(
     model: IntegerUNet,
     calibration: Calibration,
-    settings: Settings | None = None,
+    settings: AlignmentSettings | None = None,
     *,
     device: str | torch.device = "cpu",
     cache_dir: str | FilePath | None = None,
@@ -108,13 +108,13 @@ def _end_error(model: Any, path: Path, start: int, count: int) -> float:
     return math.sqrt(wrong / max(right, 1e-30))
 
 
-def settings_of(recipe: Recipe, **changes: Any) -> Settings:
+def settings_of(recipe: Recipe, **changes: Any) -> AlignmentSettings:
     """The settings that a recipe's ``align`` stands for; 0 iterations where it is "none"."""
     group = check_align(recipe.align)
-    return Settings(iterations=0) if group is None else Settings(group=group, **changes)
+    return AlignmentSettings(iterations=0) if group is None else AlignmentSettings(group=group, **changes)
 
 
-def _checked(model: Any, calibration: Any, settings: Settings | None) -> Settings:
+def _checked(model: Any, calibration: Any, settings: AlignmentSettings | None) -> AlignmentSettings:
     if not isinstance(model, IntegerUNet):
         raise TypeError(f"model must be an IntegerUNet, got {type(model).__name__}")
     if not isinstance(calibration, Calibration):
@@ -140,7 +140,7 @@ def _checked(model: Any, calibration: Any, settings: Settings | None) -> Setting
     return settings
 
 
-def progress_key(model: IntegerUNet, calibration: Calibration, settings: Settings) -> dict[str, Any]:
+def progress_key(model: IntegerUNet, calibration: Calibration, settings: AlignmentSettings) -> dict[str, Any]:
     """What tells one alignment's work in progress from another's."""
     parts: dict[str, Tensor] = {}
     for name, weights in model.weights.items():

@@ -23,7 +23,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True)
-class Settings:
+class AlignmentSettings:
     """How alignment learns.
 
     Args:
@@ -100,7 +100,7 @@ class Trainer:
         self,
         simulation: Simulation,
         path: Path,
-        settings: Settings,
+        settings: AlignmentSettings,
         checkpoint: Checkpoint | None = None,
         pairs: Sequence[tuple[int, int]] | None = None,
     ) -> None:

@@ -39,7 +39,7 @@ def align_options(function: Function) -> Function:
 def aligned(
     output: Output, model: Any, calibration: Any, settings: Any, partial: Path, device: Any
 ) -> tuple[Any, dict[str, Any] | None]:
-    """(the model with learnt step sizes, what that did) for `alignment.training.Settings`; None of 0 iterations."""
+    """(the model with learnt step sizes, what that did) for `qe.AlignmentSettings`; None of 0 iterations."""
     from ..alignment.agreement import calibrated_agreement
     from ..alignment.alignment import align, end_errors
 
@@ -90,14 +90,14 @@ def align_summary(found: dict[str, Any]) -> str:
 
 def align_settings(align: str, iterations: int | None, batch: int | None, pairs: str, seed: int) -> Any:
     """The settings of ``--align``, checked before any work; None is a setting's default."""
-    from ..alignment.training import Settings
+    from ..alignment.training import AlignmentSettings
     from ..calibration.selection import parse_selection
     from ..recipe import check_align
 
     parse_selection(pairs)
     group = check_align(align)
     if group is None:
-        return Settings(iterations=0)
+        return AlignmentSettings(iterations=0)
     given = {"iterations": iterations, "batch": batch}
     chosen = {name: value for name, value in given.items() if value is not None}
-    return Settings(group=group, pairs=pairs, seed=seed, **chosen)
+    return AlignmentSettings(group=group, pairs=pairs, seed=seed, **chosen)

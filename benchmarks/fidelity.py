@@ -1,0 +1,120 @@
+"""Contestants of the quality benchmarks: quantised models of the bundled network, sampled beside the float one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import qdiff_engine as qe
+from benchmarks import sections
+from benchmarks.quality import row
+from qdiff_engine.alignment.training import AlignmentSettings
+from qdiff_engine.calibration.calibration import Calibration
+from qdiff_engine.evaluation import compare_all
+from qdiff_engine.measuring import high_water_mark
+from qdiff_engine.models import ddim, demo_model
+from qdiff_engine.quantization import equalised
+
+UNCLAMPED = " (k < 0 too)"  # after "ptqd": k may be negative
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A recipe's name, what is changed in it, and the correction of its noise ("none", "ptqd (k < 0 too)", ...)."""
+
+    precision: str
+    correction: str = "none"
+    weights: str | None = None
+    equalise: str = "off"
+    align: str = "none"
+
+    def recipe(self) -> qe.Recipe:
+        """Without alignment, which is a step of its own here, and without correction."""
+        changes = {} if self.weights is None else {"weights": self.weights}
+        return qe.Recipe.named(self.precision, equalise=self.equalise, **changes)
+
+    def before(self) -> Contestant | None:
+        """The contestant that this one is made from by its last step; None where it is quantised afresh."""
+        if self.correction != "none":
+            return dataclasses.replace(self, correction="none")
+        return None if self.align == "none" else dataclasses.replace(self, align="none")
+
+
+class Setting:
+    """The bundled network under one sampler, and its contestants, each made once, when first asked for."""
+
+    def __init__(self, eta: float, quick: bool) -> None:
+        demo = demo_model()
+        self.eta, self.quick, self.unet, self.scheduler = eta, quick, demo.unet, ddim(demo.scheduler)
+        self.steps, self.noise_samples, self.calibration_samples = (3, 2, 2) if quick else (20, 256, 64)
+        self.seconds: dict[Contestant, float] = {}
+        self.model, self.noise = functools.cache(self._model), functools.cache(self._noise)
+        self.prepared = functools.cache(lambda recipe: equalised(self.calibration, recipe))
+
+    @functools.cached_property
+    def calibration(self) -> Calibration:
+        """One for all."""
+        samples = self.calibration_samples
+        return qe.calibrate(self.unet, self.scheduler, steps=self.steps, samples=samples, seed=0, eta=self.eta)
+
+    def _noise(self, contestant: Contestant) -> Any:
+        model = self.model(contestant)
+        return qe.measure_noise(model, self.unet, self.scheduler, samples=self.noise_samples, batch=_BATCH)
+
+    def _model(self, contestant: Contestant) -> qe.IntegerUNet:
+        before = contestant.before()
+        start_from = None if before is None else self.model(before)
+        start = time.perf_counter()
+        model = self._quantized(contestant) if before is None else self._next(contestant, before, start_from)
+        spent = 0.0 if before is None else self.seconds[before]
+        self.seconds[contestant] = round(spent + time.perf_counter() - start, 2)
+        print(f"eta {self.eta:g}, {contestant}: {self.seconds[contestant]} s", file=sys.stderr, flush=True)
+        return model
+
+    def _quantized(self, contestant: Contestant) -> qe.IntegerUNet:
+        recipe = contestant.recipe()
+        if self.quick:
+            recipe = dataclasses.replace(recipe, learn_iterations=2)
+        return qe.quantize(self.unet, self.prepared(recipe), recipe)
+
+    def _next(self, contestant: Contestant, before: Contestant, model: qe.IntegerUNet) -> qe.IntegerUNet:
+        if contestant.correction == "none":
+            group = int(contestant.align.partition(":")[2])
+            settings = AlignmentSettings(group=group, **({"iterations": 2} if self.quick else {}))
+            return qe.align(model, self.prepared(contestant.recipe()), settings)
+        method, clamp = contestant.correction.removesuffix(UNCLAMPED), not contestant.correction.endswith(UNCLAMPED)
+        return qe.correct(model, self.unet, self.scheduler, self.noise(before), method, clamp=clamp, batch=_BATCH)
+
+    def rows(self, contestants: Sequence[Contestant], samples: int, seed: int) -> sections.Rows:
+        """One row for each; all share one float trajectory.
+
+        "calibration_seconds" are of what follows the float trajectories: rounding, learning, correcting.
+        """
+        models = {str(contestant): self.model(contestant) for contestant in contestants}
+        peak = high_water_mark()
+        settings: dict[str, Any] = {"steps": self.steps, "samples": samples, "seed": seed, "eta": self.eta}
+        results = compare_all(models, self.unet, self.scheduler, batch=_BATCH, step_sqnr=False, **settings)
+        found = []
+        for contestant in contestants:
+            model, result = models[str(contestant)], results[str(contestant)]
+            seconds = {"calibration_seconds": self.seconds[contestant]}
+            found.append(
+                {
+                    **row(model.recipe, model, result, seconds),
+                    "eta": self.eta,
+                    "correction": contestant.correction,
+                    "equalise": contestant.equalise,
+                    "alignment": contestant.align,
+                    "seed": seed,
+                    "latent_errors": [round(error, 5) for error in result.latent_error],
+                    "class_accuracy": result.perception.class_accuracy,
+                    "peak_memory_bytes": peak,
+                }
+            )
+        return found
