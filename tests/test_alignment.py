@@ -80,7 +80,7 @@ def aligned() -> tuple[IntegerUNet, IntegerUNet, Calibration, list[Progress], li
     calibration, told, memory = networks.calibration("sd"), [], []
     model = quantised(calibration, "sd", rows="group:2", weights="nearest")
     settings = AlignmentSettings(
-        group=2, iterations=24, batch=2, scale_rate=0.05, zero_point_rate=0.2, weight_rate=0.02
+        group=2, iterations=60, batch=2, scale_rate=0.05, zero_point_rate=0.2, weight_rate=0.02
     )
     new = qe.align(model, calibration, settings, on_start=memory.append, on_iteration=told.append)
     return model, new, calibration, told, memory
@@ -110,7 +110,7 @@ def test_alignment_lowers_the_error_of_the_integers(aligned: Any) -> None:
     columns = [model.table.sites.index(site) for site in prompt]
     assert columns and bool((scale[:, columns] == scale[0, columns]).all())
     assert not torch.equal(scale[0, columns], model.table.scale[0, columns])
-    assert [p.iteration for p in told] == list(range(1, 25)) and told[-1].seconds_left == 0
+    assert [p.iteration for p in told] == list(range(1, 61)) and told[-1].seconds_left == 0
     (found,) = memory
     assert found.total > found.saved > 0
 

@@ -82,7 +82,13 @@ def start(*arguments: Any, folder: Path) -> subprocess.Popen[str]:
     code = "import sys; from qdiff_engine.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": paths}, **pipes)
+    environment = {**os.environ, "PYTHONPATH": paths}
+    # a shell's background jobs ignore Ctrl-C, and their children with them
+    return subprocess.Popen(command, cwd=folder, env=environment, preexec_fn=_heed_ctrl_c, **pipes)
+
+
+def _heed_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
