@@ -1,0 +1,40 @@
+"""The quality benchmarks' contestants: made step by step, every one of them valid; sections that can be told apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import ModuleType
+
+import pytest
+
+from benchmarks import corrections, reconstruction
+from benchmarks.fidelity import UNCLAMPED, Contestant
+from qdiff_engine.recipe import check_align, check_correct
+
+
+def test_a_contestant_is_made_by_its_last_step_from_another() -> None:
+    whole = Contestant("w4a8", correction="mmse", weights="gptq", equalise="on", align="accuquant:2")
+    aligned = dataclasses.replace(whole, correction="none")
+    rounded = dataclasses.replace(aligned, align="none")
+    assert whole.before() == aligned and aligned.before() == rounded and rounded.before() is None
+    recipe = whole.recipe()
+    assert (recipe.weight_bits, recipe.weights, recipe.equalise, recipe.align) == (4, "gptq", "on", "none")
+    assert Contestant("w4a8").recipe().weights == "gptq"  # the recipe's own
+
+
+@pytest.mark.parametrize("benchmark_module", [corrections, reconstruction])
+def test_sections_have_names_of_their_own(benchmark_module: ModuleType) -> None:
+    names = [section.name for section in benchmark_module.plan(False)]
+    assert len(set(names)) == len(names) > len(benchmark_module.plan(True)) > 0
+
+
+def test_every_contestant_is_a_valid_recipe() -> None:
+    corrected = [Contestant("w4a8", method) for method in corrections.METHODS + corrections.WITH_VARIANCE]
+    learnt = reconstruction.corrected(
+        reconstruction.rounded("w4a4", "nearest") + reconstruction.aligned("w4a4", "adaround")
+    )
+    for contestant in (*corrected, *learnt):
+        contestant.recipe()
+        check_align(contestant.align)
+        check_correct(contestant.correction.removesuffix(UNCLAMPED))
+    assert {c.align for c in learnt} == {"none", *(f"accuquant:{m}" for m in reconstruction.GROUPS)}
