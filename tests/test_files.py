@@ -106,6 +106,27 @@ def test_interrupted_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert_equal(load_artifact(tmp_path / "a"), small_artifact(0))
 
 
+def test_a_reader_never_mixes_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another folder has the name while the last file is opened, and the first one again afterwards."""
+    for name in ("a", "b"):
+        save_artifact(small_artifact(0 if name == "a" else 1, rows=5 if name == "a" else 7), tmp_path / name)
+    opened = []
+    open_regular = files.open_regular
+
+    def swapping(path: Any, *folder: int) -> Any:
+        opened.append(path)
+        if len(opened) != 3:
+            return open_regular(path, *folder)
+        assert files._exchange(tmp_path / "a", tmp_path / "b")
+        file = open_regular(path, *folder)
+        assert files._exchange(tmp_path / "a", tmp_path / "b")
+        return file
+
+    monkeypatch.setattr(files, "open_regular", swapping)
+    assert_equal(load_artifact(tmp_path / "a"), small_artifact(0))
+    assert len(opened) == 3
+
+
 KILLER = """
 import json, os, random, signal, sys, time
 sys.path[:0] = json.loads(sys.argv[1])

@@ -118,9 +118,13 @@ def remove_leftovers(target: Path) -> None:
             os.close(descriptor)
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file (or a link to one) for reading; never waits on a pipe, never reads a device."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+def open_regular(path: str | Path, folder: int | None = None) -> BinaryIO:
+    """Open a regular file (or a link to one) for reading; never waits on a pipe, never reads a device.
+
+    Args:
+        folder: descriptor of the folder that a relative ``path`` starts from; the working folder by default.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ValueError("not a regular file")
@@ -130,6 +134,10 @@ def open_regular(path: Path) -> BinaryIO:
 def open_together(folder: str | os.PathLike[str], names: frozenset[str]) -> dict[str, BinaryIO]:
     """Open the files ``names`` of a folder that another process may be replacing: all of the old one, or of the new.
 
+    They are opened through the folder's descriptor, so they are of one folder whatever its name comes to mean. While
+    that is open no new folder can have its inode number: one that fills or vanishes meanwhile is told from one that
+    lacks a file.
+
     Raises:
         FileNotFoundError: neither ``folder`` nor what an interrupted save left as ``folder.previous`` is there.
         ValueError: a file is missing, or is not a regular file.
@@ -137,23 +145,33 @@ def open_together(folder: str | os.PathLike[str], names: frozenset[str]) -> dict
     for _ in range(20):
         for source in (Path(folder), previous_of(folder)):
             with contextlib.ExitStack() as stack, contextlib.suppress(FileNotFoundError):
-                before = os.stat(source)
-                files = {}
-                missing = None
-                for name in sorted(names):
-                    try:
-                        files[name] = stack.enter_context(open_regular(source / name))
-                    except FileNotFoundError:
-                        missing = missing or name
-                    except ValueError as error:
-                        raise ValueError(f"{name}: {error}") from None
-                if not os.path.samestat(before, os.stat(source)):
-                    break
+                descriptor = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    files, missing = _open_within(descriptor, names, stack)
+                    if not os.path.samestat(os.fstat(descriptor), os.stat(source)):
+                        break
+                finally:
+                    os.close(descriptor)
                 if missing is not None:
                     raise ValueError(f"{missing}: the file is missing from {source}")
                 stack.pop_all()
                 return files
     raise FileNotFoundError(f"{folder}: there is no such folder")
+
+
+def _open_within(
+    folder: int, names: frozenset[str], stack: contextlib.ExitStack
+) -> tuple[dict[str, BinaryIO], str | None]:
+    """(the files that are there, the first name that is not) of a folder's descriptor."""
+    files, missing = {}, None
+    for name in sorted(names):
+        try:
+            files[name] = stack.enter_context(open_regular(name, folder))
+        except FileNotFoundError:
+            missing = missing or name
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return files, missing
 
 
 def read_at_most(file: BinaryIO, limit: int) -> bytes:
