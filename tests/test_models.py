@@ -384,9 +384,10 @@ def test_training_refuses_what_it_cannot_continue(
         (struct.pack(">4I", 2051, 3, 28, 28) + bytes(2 * 28 * 28), "but the header says"),
         (struct.pack(">2I", 2049, 3) + bytes(30), r"not an IDX file of images \(magic 2049"),
         (b"", "not an IDX file of images"),
-        (gzip.compress(bytes(1000))[:-12], "damaged gzip file"),
+        (gzip.compress(bytes(1000), mtime=0)[:-12], "damaged gzip file"),
         (struct.pack(">4I", 2051, 1, 32, 32) + bytes(32 * 32), r"images must be uint8 \[N, 28, 28\]"),
     ],
+    ids=["short", "labels", "empty", "damaged", "wrong-size"],
 )
 def test_bad_idx_file(data: bytes, message: str, script: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "train-images-idx3-ubyte"
