@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import qdiff_engine as qe
@@ -22,6 +24,7 @@ from qdiff_engine.quantization import equalised
 
 UNCLAMPED = " (k < 0 too)"  # after "ptqd": k may be negative
 _BATCH = 32
+_CACHE = Path(tempfile.gettempdir()) / "qdiff-benchmarks-float"  # trajectories of the float network
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,19 @@ class Setting:
         samples = self.calibration_samples
         return qe.calibrate(self.unet, self.scheduler, steps=self.steps, samples=samples, seed=0, eta=self.eta)
 
-    def _noise(self, contestant: Contestant) -> Any:
-        model = self.model(contestant)
-        return qe.measure_noise(model, self.unet, self.scheduler, samples=self.noise_samples, batch=_BATCH)
+    def _noise(self, contestant: Contestant) -> tuple[Any, float]:
+        """(the noise of a contestant, the seconds that measuring it took): each correction of it pays for them."""
+        model, start = self.model(contestant), time.perf_counter()
+        noise = qe.measure_noise(model, self.unet, self.scheduler, samples=self.noise_samples, batch=_BATCH)
+        return noise, time.perf_counter() - start
 
     def _model(self, contestant: Contestant) -> qe.IntegerUNet:
-        before = contestant.before()
-        start_from = None if before is None else self.model(before)
+        before, spent = contestant.before(), 0.0
+        if before is not None:
+            self.model(before)
+            spent = self.seconds[before] + (self.noise(before)[1] if contestant.correction != "none" else 0.0)
         start = time.perf_counter()
-        model = self._quantized(contestant) if before is None else self._next(contestant, before, start_from)
-        spent = 0.0 if before is None else self.seconds[before]
+        model = self._quantized(contestant) if before is None else self._next(contestant, before)
         self.seconds[contestant] = round(spent + time.perf_counter() - start, 2)
         print(f"eta {self.eta:g}, {contestant}: {self.seconds[contestant]} s", file=sys.stderr, flush=True)
         return model
@@ -83,13 +89,14 @@ class Setting:
             recipe = dataclasses.replace(recipe, learn_iterations=2)
         return qe.quantize(self.unet, self.prepared(recipe), recipe)
 
-    def _next(self, contestant: Contestant, before: Contestant, model: qe.IntegerUNet) -> qe.IntegerUNet:
+    def _next(self, contestant: Contestant, before: Contestant) -> qe.IntegerUNet:
+        model = self.model(before)
         if contestant.correction == "none":
             group = int(contestant.align.partition(":")[2])
             settings = AlignmentSettings(group=group, **({"iterations": 2} if self.quick else {}))
             return qe.align(model, self.prepared(contestant.recipe()), settings)
         method, clamp = contestant.correction.removesuffix(UNCLAMPED), not contestant.correction.endswith(UNCLAMPED)
-        return qe.correct(model, self.unet, self.scheduler, self.noise(before), method, clamp=clamp, batch=_BATCH)
+        return qe.correct(model, self.unet, self.scheduler, self.noise(before)[0], method, clamp=clamp, batch=_BATCH)
 
     def rows(self, contestants: Sequence[Contestant], samples: int, seed: int) -> sections.Rows:
         """One row for each; all share one float trajectory.
@@ -99,7 +106,10 @@ class Setting:
         models = {str(contestant): self.model(contestant) for contestant in contestants}
         peak = high_water_mark()
         settings: dict[str, Any] = {"steps": self.steps, "samples": samples, "seed": seed, "eta": self.eta}
-        results = compare_all(models, self.unet, self.scheduler, batch=_BATCH, step_sqnr=False, **settings)
+        cache = None if self.quick else _CACHE / f"eta-{self.eta:g}-samples-{samples}-seed-{seed}"
+        results = compare_all(
+            models, self.unet, self.scheduler, batch=_BATCH, step_sqnr=False, cache_dir=cache, **settings
+        )
         found = []
         for contestant in contestants:
             model, result = models[str(contestant)], results[str(contestant)]

@@ -6,16 +6,19 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .calibration.calibration import sample_shape
+from .calibration.checkpoint import Checkpoint, fingerprint
 from .graph.capture import hash_parameters
 from .models import DEMO_HASH, DEMO_PARAMETERS
 from .quality import PIXEL_PEAK, Extractor, Perception, perceive, structural_similarity
-from .sampling import Conditioning, Guidance, Step, check_count, corrections, denoise, initial_noise
+from .samplers import prepared, sampler_key
+from .sampling import Conditioning, Guidance, Step, check_count, conditioning_for, corrections, denoise, initial_noise
 
 LIMIT_DB = 200.0  # stands for equality, which has no finite value in decibels
 _PIXEL_CHANNELS = (1, 3)
@@ -160,11 +163,15 @@ def compare_all(
     strict: bool = False,
     features: Extractor | str | None = AUTO,
     step_sqnr: bool = True,
+    cache_dir: str | Path | None = None,
     on_step: OnStep | None = None,
 ) -> dict[str, Comparison]:
     """`compare` for several models, which share one float trajectory.
 
-    ``step_sqnr`` = False leaves `Comparison.step_sqnr_db` empty and saves one of each model's two passes.
+    Args:
+        step_sqnr: False leaves `Comparison.step_sqnr_db` empty and saves one of each model's two passes.
+        cache_dir: folder for the float predictions: an interrupted comparison, or another one with the same network,
+            sampler, images and conditioning, reads them there.
     """
     size = sample_shape(unet, shape)
     extractor = extractor_named(features, unet)
@@ -175,8 +182,16 @@ def compare_all(
     sqnr: dict[str, list[float]] = {name: [] for name in models}
     path: list[Tensor] = []  # the float latents after every step
     timesteps: list[float] = []
+    kept, recorded = None, {}
+    if cache_dir is not None:
+        sampler = sampler_key(scheduler, steps, eta, guidance_scale)
+        kept = Checkpoint.open(cache_dir, _float_key(unet, sampler, guidance, noise, seed))
+        done = kept.finished(len(prepared(scheduler, steps).timesteps))
+        recorded = {step: tensors["prediction"] for step, tensors in done.items()}
 
     def follow(step: Step) -> None:
+        if kept is not None and step.index not in recorded:
+            kept.save(step.index, {"prediction": step.prediction})
         for name, model in models.items() if step_sqnr else ():
             prediction = guided_prediction(model, guidance, step, batch)
             noise_energy = float((prediction - step.prediction).double().square().sum())
@@ -192,7 +207,7 @@ def compare_all(
         setting = (scheduler, steps, eta, guidance_scale, correction, strict)
         applied = {name: stack.enter_context(corrections(model, *setting)) for name, model in models.items()}
         with evaluating(unet):
-            reference = denoise(unet, scheduler, noise, on_step=follow, **keywords)
+            reference = denoise(unet, scheduler, noise, recorded=recorded, on_step=follow, **keywords)
         trajectories = {
             name: _own_trajectory(
                 name, model, scheduler, noise, path, {**keywords, "correction": applied[name]}, on_step
@@ -206,6 +221,22 @@ def compare_all(
         seen = _UNSEEN if extractor is None else perceive(extractor, images, reference, pixels)
         results[name] = Comparison(psnr, sqnr[name], errors, finite, timesteps, reference, images, ssim, seen)
     return results
+
+
+def _float_key(
+    unet: nn.Module, sampler: dict[str, Any], guidance: Guidance, noise: Tensor, seed: int
+) -> dict[str, Any]:
+    """What the float predictions of a comparison depend on."""
+    every = range(len(noise))
+    first = conditioning_for(guidance.conditioning, every)
+    without = conditioning_for(guidance.unconditional, every) if guidance.scale is not None else {}
+    return {
+        "model_hash": hash_parameters(unet),
+        **sampler,
+        "latents": list(noise.shape),
+        "seed": seed,
+        "conditioning": fingerprint([first, without]),
+    }
 
 
 def extractor_named(features: Extractor | str | None, unet: Any) -> Extractor | None:

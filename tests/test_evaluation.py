@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +80,26 @@ def test_models_share_one_float_trajectory(demo_unet: nn.Module, demo_scheduler:
     assert reports["b"].to_dict() == alone.to_dict()
     short = compare_all(models, demo_unet, demo_scheduler, SHAPE, steps=2, samples=2, step_sqnr=False)["b"]
     assert short.to_dict() == {**alone.to_dict(), "step_sqnr_db": []}
+
+
+def test_float_predictions_are_read_again(demo_unet: nn.Module, demo_scheduler: Any, tmp_path: Path) -> None:
+    calls: list[int] = []
+    models = {"a": Scaled(demo_unet, 1.01)}
+
+    def compared(seed: int, cache: Path | None) -> dict[str, Any]:
+        handle = demo_unet.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+        try:
+            setting = {"steps": 2, "samples": 2, "seed": seed, "cache_dir": cache}
+            return compare_all(models, demo_unet, demo_scheduler, SHAPE, **setting, step_sqnr=False)["a"].to_dict()
+        finally:
+            handle.remove()
+
+    first = compared(0, tmp_path / "float")
+    assert len(calls) == 4  # two of the float trajectory, two inside the other model
+    (tmp_path / "float" / "step-00001.safetensors").unlink()
+    assert compared(0, tmp_path / "float") == first and len(calls) == 4 + 3  # as after an interruption
+    assert compared(0, tmp_path / "float") == first and len(calls) == 4 + 3 + 2
+    assert compared(1, tmp_path / "float") == compared(1, None) and len(calls) == 4 + 3 + 2 + 8
 
 
 def test_guidance_reaches_both_models(demo_scheduler: Any) -> None:
