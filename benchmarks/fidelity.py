@@ -36,11 +36,12 @@ class Contestant:
     weights: str | None = None
     equalise: str = "off"
     align: str = "none"
+    step_sizes: str = "observed"
 
     def recipe(self) -> qe.Recipe:
         """Without alignment, which is a step of its own here, and without correction."""
         changes = {} if self.weights is None else {"weights": self.weights}
-        return qe.Recipe.named(self.precision, equalise=self.equalise, **changes)
+        return qe.Recipe.named(self.precision, equalise=self.equalise, step_sizes=self.step_sizes, **changes)
 
     def before(self) -> Contestant | None:
         """The contestant that this one is made from by its last step; None where it is quantised afresh."""
@@ -119,7 +120,7 @@ class Setting:
                     **row(model.recipe, model, result, seconds),
                     "eta": self.eta,
                     "correction": contestant.correction,
-                    "equalise": contestant.equalise,
+                    "step_sizes": contestant.step_sizes,
                     "alignment": contestant.align,
                     "seed": seed,
                     "latent_errors": [round(error, 5) for error in result.latent_error],

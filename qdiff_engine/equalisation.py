@@ -29,6 +29,7 @@ from .graph.factors import FACTORS, LIMIT, channel_axis, factor_keys, readers
 from .graph.interpret import flatten_conditioning, run_float
 from .graph.ir import Const, Graph, Node
 from .recipe import Recipe
+from .reconstruction.quantizers import quantize_rows
 from .rounding import nearest
 
 EXPONENTS = ((0.25, 0.75), (0.5, 0.5), (0.75, 0.25), (0.25, 0.25), (0.35, 0.15))  # (p, q)
@@ -208,11 +209,11 @@ def output_errors(
     scale, zero_point = _affines(*merged(counts, ranges, min(recipe.row_group(), 1)), bits, recipe)
     totals = []
     for option, factors in enumerate(options):
-        total, affines = 0.0, (scale[rows, option, None], zero_point[rows, option, None])
+        total, affines = 0.0, (scale[rows, option], zero_point[rows, option])
         for part, x, y in zip(parts, divided(factors), exact, strict=True):
             few = torch.linspace(0, len(x) - 1, min(len(x), _SCALE_VECTORS)).long()
             weight = nearest((part.weight * factors[:, None]).flatten(1), part.bits, x[few]).dequantize()
-            total += float((_fake_quantized(x, *affines, bits[rows]) @ weight.T - y).square().sum())
+            total += float((quantize_rows(x, *affines, bits[rows]) @ weight.T - y).square().sum())
         totals.append(total)
     return totals
 
@@ -236,13 +237,6 @@ def _affines(counts: Tensor, ranges: Tensor, bits: Tensor, recipe: Recipe) -> tu
             found = affine(recipe.observer, counts[mine].flatten(0, 1), ranges[mine].flatten(0, 1), width)
             scale[mine], zero_point[mine] = (values.reshape(-1, counts.shape[1]) for values in found)
     return scale, zero_point
-
-
-def _fake_quantized(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor) -> Tensor:
-    """s (clamp(round(x / s) + z) - z) of vectors [P, D], each with a scale, a zero point [P, 1] and bits [P]."""
-    high = (2.0 ** (bits.float() - 1) - 1)[:, None]
-    q = torch.minimum(torch.maximum(torch.round(x / scale) + zero_point, -high - 1), high)
-    return torch.where((bits == 16)[:, None], x, (q - zero_point) * scale)
 
 
 def with_factors(calibration: Calibration, factors: Mapping[str, Tensor]) -> Calibration:

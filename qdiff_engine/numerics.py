@@ -26,6 +26,12 @@ def activation_range(bits: int) -> tuple[int, int]:
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
+def activation_limits(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """`activation_range` of each of ``bits`` (4 or 8; 16 gives the range of int16), float32."""
+    half = torch.pow(2.0, bits.float() - 1)
+    return -half, half - 1
+
+
 def weight_range(bits: int) -> tuple[int, int]:
     """Smallest and largest weight integer: int8 is kept symmetric at +-127, int4 uses [-8, 7]."""
     if bits not in (4, 8):

@@ -23,6 +23,7 @@ from .recipe import Recipe
 from .reconstruction.layers import RoundedLayer, layer_bits, round_layer, segments, with_own_biases
 from .reconstruction.layers import layers as layers
 from .reconstruction.stage import OnProgress, reconstruct, recorded_inputs
+from .reconstruction.step_sizes import with_learnt
 from .rounding import nearest
 from .runtime.model import IntegerUNet
 from .sampling import initial_noise
@@ -66,7 +67,7 @@ def quantize(
         raise ValueError("unet is not the one that was calibrated: its parameters have another hash")
     calibration = equalised(calibration, recipe)
     captured, parameters = calibration.capture.graph, calibration.capture.constants
-    rounded = rounded_layers(calibration, recipe, cache_dir, on_layer, on_progress)
+    rounded, learnt = rounded_layers(calibration, recipe, cache_dir, on_layer, on_progress)
     weights = {layer: parts.weights for layer, parts in rounded.items()}
     shifts = {layer: parts.shift for layer, parts in rounded.items()}
     graph, parameters = with_own_biases(without_weights(captured), parameters, shifts)
@@ -92,15 +93,16 @@ def quantize(
 
     request = recipe.plan_request()
     if request is None or not request.measured:
-        return _aligned(model(make_table(calibration, recipe)), calibration, recipe)
-    tables = {mode: make_table(calibration, recipe, mode) for mode in needed_modes(request)}
+        return _aligned(model(with_learnt(make_table(calibration, recipe), learnt)), calibration, recipe)
+    tables = {mode: with_learnt(make_table(calibration, recipe, mode), learnt) for mode in needed_modes(request)}
     first = model(next(iter(tables.values())))  # the others share its packed weights
     trials = {mode: first.with_table(table) for mode, table in tables.items()}
     row, sampler = first.table.row, _trial_sampler(calibration)
     choice = choose(request, trials, row, calibration.timesteps, unet, sampler, on_trial)
     if on_plan is not None:
         on_plan(choice)
-    return _aligned(first.with_table(make_table(calibration, recipe, choice.modes)), calibration, recipe)
+    chosen = with_learnt(make_table(calibration, recipe, choice.modes), learnt)
+    return _aligned(first.with_table(chosen), calibration, recipe)
 
 
 def _aligned(model: IntegerUNet, calibration: Calibration, recipe: Recipe) -> IntegerUNet:
@@ -139,20 +141,25 @@ def rounded_layers(
     cache_dir: str | Path | None = None,
     on_layer: Callable[[str], None] | None = None,
     on_progress: OnProgress | None = None,
-) -> dict[str, RoundedLayer]:
-    """The integer weights of every layer, and what its bias gains; without iterations AdaRound is nearest rounding."""
+) -> tuple[dict[str, RoundedLayer], Table | None]:
+    """The integer weights of every layer, and what its bias gains; the table of step sizes that were learnt, or None.
+
+    Without iterations AdaRound is nearest rounding, and step sizes are as observed.
+    """
     if recipe.weights == "gptq" or (recipe.weights == "adaround" and recipe.learn_iterations > 0):
         mode = f"A{recipe.activation_bits}"
         table = make_table(calibration, recipe, (mode,) * len(calibration.timesteps))
-        settings = (recipe.weights, recipe.weight_bits, recipe.learn_iterations)
-        return reconstruct(calibration, table, *settings, cache_dir, on_layer, on_progress)
+        groups = recipe.row_group() if recipe.step_sizes == "learnt" else None
+        settings = (recipe.weights, recipe.weight_bits, recipe.learn_iterations, groups)
+        found = reconstruct(calibration, table, *settings, cache_dir, on_layer, on_progress)
+        return found.layers, None if groups is None else found.table
     rounded = {}
     for node in layers(calibration.capture.graph):
         parts, inputs = segments(node, calibration.capture.constants), recorded_inputs(calibration, node)
         rounded[node.kwargs["layer"]] = round_layer(parts, layer_bits(node, recipe.weight_bits), inputs, nearest)
         if on_layer is not None:
             on_layer(node.kwargs["layer"])
-    return rounded
+    return rounded, None
 
 
 def without_weights(graph: Graph) -> Graph:

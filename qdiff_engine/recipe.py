@@ -14,6 +14,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "activation_bits": (4, 8, 16),
     "observer": ("minmax", "percentile", "mse"),
     "weights": ("nearest", "gptq", "adaround"),
+    "step_sizes": ("observed", "learnt"),
     "equalise": ("off", "on"),
     "edges": ("a16", "a8"),
 }
@@ -34,6 +35,8 @@ class Recipe:
         weights: how weights are rounded: "nearest" (with the scale of least output error per channel), "gptq" (each
             rounding error made good by the weights still to come) or "adaround" (learnt from there, block by block).
         learn_iterations: of each block, with "adaround"; 0 learns nothing and leaves nearest rounding.
+        step_sizes: of activations: "observed" (by the observer) or "learnt", with "adaround", in the same blocks as the
+            rounding; rows at other precisions than ``activation_bits`` keep what was observed.
         equalise: "on" divides the channels of activations by factors that the weights absorb, where a search finds that
             the layers' outputs gain from it; see `equalisation`.
         observer: how a range is read off the statistics: "minmax", "percentile" or "mse".
@@ -52,6 +55,7 @@ class Recipe:
     plan: str | tuple[str, ...] = "uniform"
     weights: str = "nearest"
     learn_iterations: int = 500
+    step_sizes: str = "observed"
     observer: str = "mse"
     rows: str = "step"
     edges: str = "a16"
@@ -74,6 +78,10 @@ class Recipe:
             self.plan_request()
         if type(self.learn_iterations) is not int or self.learn_iterations < 0:
             raise ValueError(f"learn_iterations must be a whole number of at least 0, got {self.learn_iterations!r}")
+        if self.step_sizes == "learnt" and self.weights != "adaround":
+            raise ValueError(
+                f"step_sizes 'learnt' needs weights 'adaround', whose blocks learn them, got {self.weights!r}"
+            )
         self.row_group()
         check_correct(self.correct)
         check_align(self.align)

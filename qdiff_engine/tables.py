@@ -85,6 +85,13 @@ class Table:
         return len(self.timesteps) - 1 - bisect.bisect_left(self._midpoints, timestep)
 
 
+def row_groups(modes: tuple[str, ...], rows: int) -> list[int]:
+    """Group of every row, from 1: neighbours by ``rows`` (0 means all) that run in the same mode share a range."""
+    keys = [(0 if rows == 0 else r // rows, mode) for r, mode in enumerate(modes)]
+    distinct = list(dict.fromkeys(keys))
+    return [distinct.index(key) + 1 for key in keys]
+
+
 @dataclass(frozen=True)
 class Correction:
     """What a corrected model gives its sampler, by row: x' gets B[r, c] added and its noise scaled by s'[r] / s[r].

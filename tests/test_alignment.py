@@ -26,7 +26,7 @@ import qdiff_engine as qe
 from qdiff_engine.alignment import training
 from qdiff_engine.alignment.agreement import layer_agreement
 from qdiff_engine.alignment.alignment import end_errors
-from qdiff_engine.alignment.learnt import Learnt, Simulation, row_groups
+from qdiff_engine.alignment.learnt import Learnt, Simulation
 from qdiff_engine.alignment.memory import Memory
 from qdiff_engine.alignment.path import FloatNetwork, Moment, OwnSteps, float_path
 from qdiff_engine.alignment.training import AlignmentSettings, Progress, group_starts
@@ -67,11 +67,7 @@ def test_learning_nothing_changes_nothing() -> None:
     assert relative(simulated, expected) < 1e-3  # ties, divided here and multiplied there
 
 
-def test_rows_that_share_a_range_learn_together() -> None:
-    assert row_groups(("A4",) * 4, 1) == [1, 2, 3, 4]
-    assert row_groups(("A4",) * 4, 0) == [1, 1, 1, 1]
-    assert row_groups(("A8", "A4", "A4", "A8", "A8"), 2) == [1, 2, 3, 4, 5]
-    assert row_groups(("A8", "A4", "A8", "A8"), 3) == [1, 2, 1, 3]
+def test_groups_of_steps_do_not_overlap() -> None:
     assert group_starts(7, 3) == [(0, 3), (3, 3), (6, 1)] and group_starts(4, 5) == [(0, 4)]
 
 

@@ -51,6 +51,7 @@ def same(a: IntegerUNet, b: IntegerUNet) -> bool:
         for v, w in zip(a.weights[layer], b.weights[layer], strict=True)
     )
     constants = all(torch.equal(value, b.constants[key]) for key, value in a.constants.items())
+    weights &= torch.equal(a.table.scale, b.table.scale) and torch.equal(a.table.zero_point, b.table.zero_point)
     return weights and constants and a.constants.keys() == b.constants.keys() and a.weights.keys() == b.weights.keys()
 
 
@@ -259,7 +260,7 @@ def stop(progress):
     blocks.append(progress.block)
     if progress.iteration == 2 and len(set(blocks)) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
-recipe = Recipe(weight_bits=4, weights="adaround", learn_iterations=3)
+recipe = Recipe(weight_bits=4, weights="adaround", learn_iterations=3, step_sizes="learnt")
 quantize(networks.network("unet2d"), networks.calibration("unet2d"), recipe, on_progress=stop, cache_dir=sys.argv[1])
 """
 
@@ -275,12 +276,12 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     kept = len(list(tmp_path.glob("step-*.safetensors")))
     assert kept == 3, "two blocks, then one more"
     begun: set[int] = set()
-    recipe = Recipe(weight_bits=4, weights="adaround", learn_iterations=3)
+    recipe = Recipe(weight_bits=4, weights="adaround", learn_iterations=3, step_sizes="learnt")
     network, calibration = networks.network("unet2d"), networks.calibration("unet2d")
     resumed = quantize(network, calibration, recipe, on_progress=lambda p: begun.add(p.block), cache_dir=tmp_path)
     every = [i for i, block in enumerate(find_blocks(calibration.capture.graph)) if block.layers]
     assert sorted(begun) == every[kept:]
-    assert same(resumed, quantised(weights="adaround", learn_iterations=3))
+    assert same(resumed, quantised(weights="adaround", learn_iterations=3, step_sizes="learnt"))
 
 
 def test_arguments_are_checked_first() -> None:
@@ -290,5 +291,7 @@ def test_arguments_are_checked_first() -> None:
         reconstruct(calibration, table, "best", 4)
     with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
         reconstruct(calibration, table, "adaround", 4)
+    with pytest.raises(ValueError, match="step_sizes 'learnt' needs weights 'adaround'.* got 'gptq'"):
+        Recipe(weights="gptq", step_sizes="learnt")
     with pytest.raises(ValueError, match="learn_iterations must be a whole number of at least 0, got -1"):
         Recipe(learn_iterations=-1)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdiff_engine import numerics
-from qdiff_engine.tables import Table
+from qdiff_engine.tables import Table, row_groups
 
 
 def make_table(timesteps: tuple[float, ...] = (900.0, 500.0, 20.0), sites: tuple[str, ...] = ("a", "b")) -> Table:
@@ -97,3 +97,10 @@ def test_zero_point_range_follows_the_bits() -> None:
 def test_the_smallest_scale_has_a_finite_inverse() -> None:
     table = dataclasses.replace(make_table(), scale=torch.full((3, 2), TINY))
     assert math.isfinite(numerics.inverse_scale(float(table.scale[0, 0])))
+
+
+def test_rows_that_share_a_range_are_neighbours_in_one_mode() -> None:
+    assert row_groups(("A4",) * 4, 1) == [1, 2, 3, 4]
+    assert row_groups(("A4",) * 4, 0) == [1, 1, 1, 1]
+    assert row_groups(("A8", "A4", "A4", "A8", "A8"), 2) == [1, 2, 3, 4, 5]
+    assert row_groups(("A8", "A4", "A8", "A8"), 3) == [1, 2, 1, 3]

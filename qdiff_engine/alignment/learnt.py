@@ -16,7 +16,7 @@ from .. import numerics
 from ..graph.interpret import ActivationHook, fake_quantize, flatten_conditioning, per_channel, run_float
 from ..graph.ir import Node
 from ..runtime.model import IntegerUNet
-from ..tables import Table
+from ..tables import Table, row_groups
 from ..weights import QuantizedWeight
 
 _LIMIT = 3.0  # of |log| of a scale's change: 20 times
@@ -136,13 +136,6 @@ class Learnt:
             )
             for name, parts in self.weights0.items()
         }
-
-
-def row_groups(modes: tuple[str, ...], rows: int) -> list[int]:
-    """Group of every row, from 1: neighbours by ``rows`` (0 means all) that run in the same mode learn together."""
-    keys = [(0 if rows == 0 else r // rows, mode) for r, mode in enumerate(modes)]
-    distinct = list(dict.fromkeys(keys))
-    return [distinct.index(key) + 1 for key in keys]
 
 
 class Simulation:

@@ -10,7 +10,14 @@ from typing import Any
 
 import click
 
-from .learning import align_options, align_settings, align_summary, aligned
+from .learning import (
+    align_options,
+    align_settings,
+    align_summary,
+    aligned,
+    learning_iterations,
+    rounding_options,
+)
 from .options import (
     Command,
     check_eta,
@@ -47,11 +54,7 @@ CORRECTION_SEED = 10_000  # added to --seed: corrections see other trajectories 
     help="The deployment sampler; 'folder' is the scheduler saved with MODEL.",
 )
 @click.option("--observer", default="mse", show_default=True, help="How ranges are found: minmax, percentile or mse.")
-@click.option(
-    "--weights",
-    help="How weights are rounded: nearest, gptq or adaround (learnt).  [default: the recipe's; gptq for 4 bits]",
-)
-@count_option("--learn-iterations", 500, "Of each block, with --weights adaround; 0 learns nothing.", least=0)
+@rounding_options
 @click.option(
     "--equalise",
     type=click.Choice(["off", "on"]),
@@ -91,6 +94,7 @@ def calibrate(
     observer: str,
     weights: str | None,
     learn_iterations: int,
+    step_sizes: str,
     equalise: str,
     rows: str,
     edges: str,
@@ -116,7 +120,9 @@ def calibrate(
     from ..runtime.summary import layer_rows
 
     changes: dict[str, Any] = {"observer": observer, "rows": rows, "edges": edges, "equalise": equalise}
-    changes |= {"learn_iterations": learn_iterations} | ({} if weights is None else {"weights": weights})
+    changes |= {"learn_iterations": learn_iterations, "step_sizes": step_sizes} | (
+        {} if weights is None else {"weights": weights}
+    )
     recipe = Recipe.named(recipe_name, **changes)
     check_correct(correction)
     alignment = align_settings(align, align_iterations, align_batch, align_pairs, seed)
@@ -194,15 +200,6 @@ def plan_trials(recipe: Any, rows: int) -> int:
 
     request = recipe.plan_request()
     return trials(request, rows) if request is not None and request.measured else 0
-
-
-def learning_iterations(recipe: Any, calibration: Any) -> int:
-    """How many iterations learning the recipe's weights takes."""
-    from ..reconstruction.blocks import find_blocks
-
-    if recipe.weights != "adaround":
-        return 0
-    return recipe.learn_iterations * sum(1 for block in find_blocks(calibration.capture.graph) if block.layers)
 
 
 def corrected(

@@ -11,6 +11,36 @@ from .options import Function, count_option
 from .output import Output, megabytes
 
 
+def rounding_options(function: Function) -> Function:
+    """--weights, --learn-iterations, --step-sizes."""
+    for option in (
+        click.option(
+            "--step-sizes",
+            type=click.Choice(["observed", "learnt"]),
+            default="observed",
+            show_default=True,
+            help="Of activations: as the observer finds them, or learnt in the same blocks with --weights adaround.",
+        ),
+        count_option("--learn-iterations", 500, "Of each block, with --weights adaround; 0 learns nothing.", least=0),
+        click.option(
+            "--weights",
+            help="How weights are rounded: nearest, gptq or adaround (learnt).  "
+            "[default: the recipe's; gptq for 4 bits]",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def learning_iterations(recipe: Any, calibration: Any) -> int:
+    """How many iterations learning the recipe's weights takes."""
+    from ..reconstruction.blocks import find_blocks
+
+    if recipe.weights != "adaround":
+        return 0
+    return recipe.learn_iterations * sum(1 for block in find_blocks(calibration.capture.graph) if block.layers)
+
+
 def align_options(function: Function) -> Function:
     """--align, --align-iterations, --align-batch, --align-pairs."""
     for option in (

@@ -5,6 +5,7 @@ Sources: Li et al., BRECQ (ICLR 2021), blocks and loss; Wei et al., QDrop (ICLR 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,11 @@ from .adaround import SoftWeight, sharpness, undecided
 from .blocks import Block
 from .layers import segments
 from .quantizers import RowQuantizer
+from .step_sizes import StepSizes
 
 _BATCH = 8  # samples per iteration
 _RATE = 5e-2  # Adam's, of the choices; constant, for the choices are made at the end
+_SCALE_RATE, _SHIFT_RATE = 2e-3, 2e-2  # of log step sizes and of zero points; a cosine takes them to zero
 _DECISION = 1000.0  # weight of the regulariser, when the error that learning starts from counts 1
 _CHECK = 16  # samples that the block evaluates at once where nothing is learnt
 
@@ -66,6 +69,7 @@ class BlockNetwork:
         self.block, self.scalars, self.table = block, scalars, table
         self.original, self.constants = constants, dict(constants)
         self.interpreter = FloatInterpreter(self.constants, torch.float32)
+        self.steps: StepSizes | None = None
 
     def evaluate(
         self,
@@ -76,7 +80,7 @@ class BlockNetwork:
         observe: Callable[[Node, int, Tensor], None] | None = None,
     ) -> Tensor:
         """The block's exit. ``drop``: (probability, generator) with which a value's quantisation is left out."""
-        self.interpreter.activation = RowQuantizer(self.table, rows, drop)
+        self.interpreter.activation = RowQuantizer(self.table, rows, drop, self.steps)
         self.interpreter.weight = lambda node, segment, _: weights[node.kwargs["layer"]][segment]
         self.interpreter.layer_input = observe or (lambda node, segment, x: None)
         values = dict(entries)
@@ -100,6 +104,7 @@ def learn_rounding(
 
     L = |y - y_hat|^2 / |y - y_start|^2 + 1000 mean(1 - |2 h - 1|^b), over random batches, with Adam. A layer's
     bias follows its relaxed weights, b' = b + (W - W_soft) E[x] with ``means``, as it will once they are integers.
+    The network's ``steps``, where it has some, learn along.
 
     Args:
         start: the integers that the choices begin at, which the first term is measured against.
@@ -115,7 +120,7 @@ def learn_rounding(
     choices = [weight.choice for weights in soft.values() for weight in weights]
     count = sum(choice.numel() for choice in choices)
     unit = reference_error(network, start, means, data)
-    optimizer = torch.optim.Adam(choices, lr=_RATE)
+    optimizer = torch.optim.Adam([{"params": choices, "lr": _RATE}, *_step_parameters(network.steps)])
     samples = batches(len(data.rows), generator)
     with torch.enable_grad():
         for iteration in range(iterations):
@@ -137,10 +142,22 @@ def learn_rounding(
                 )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            for kind in optimizer.param_groups[1:]:
+                kind["lr"] = kind["rate"] * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
             optimizer.step()
+            if network.steps is not None:
+                network.steps.keep_representable()
             if on_iteration is not None:
                 on_iteration(float(error.detach()))
     return {layer: tuple(weight.rounded() for weight in weights) for layer, weights in soft.items()}
+
+
+def _step_parameters(steps: StepSizes | None) -> list[dict[str, Any]]:
+    """Adam's groups of what quantisers learn."""
+    if steps is None or not steps.sites:
+        return []
+    rated = ((steps.log_scale, _SCALE_RATE), (steps.shift, _SHIFT_RATE))
+    return [{"params": [values.requires_grad_()], "rate": rate} for values, rate in rated]
 
 
 def shift_biases(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import numerics
 from ..tables import Table
+from .step_sizes import StepSizes
 
 
 class RowQuantizer:
@@ -15,22 +16,34 @@ class RowQuantizer:
     Args:
         rows: int64 [n], the row of every sample of the batch.
         drop: (probability, generator) with which an element stays floating, as QDrop does; None quantises all.
+        steps: scales and zero points that take the place of the table's for the quantisers that they know.
     """
 
-    def __init__(self, table: Table, rows: Tensor, drop: tuple[float, torch.Generator] | None = None) -> None:
-        self.table, self.rows, self.drop = table, rows, drop
+    def __init__(
+        self,
+        table: Table,
+        rows: Tensor,
+        drop: tuple[float, torch.Generator] | None = None,
+        steps: StepSizes | None = None,
+    ) -> None:
+        self.table, self.rows, self.drop, self.steps = table, rows, drop, steps
         self.sites = {site: i for i, site in enumerate(table.sites)}
 
     def __call__(self, site: str, x: Tensor) -> Tensor:
         bits = self.table.bits[self.rows, self.sites[site]]
         if bool((bits == 16).all()):
             return x
-        scale, zero_point = (t[self.rows, self.sites[site]] for t in (self.table.scale, self.table.zero_point))
-        quantized = quantize_rows(x, scale, zero_point, bits)
+        quantized = quantize_rows(x, *self._affine(site), bits)
         if self.drop is None:
             return quantized
         probability, generator = self.drop
         return torch.where(torch.rand(x.shape, generator=generator) < probability, x, quantized)
+
+    def _affine(self, site: str) -> tuple[Tensor, Tensor]:
+        if self.steps is not None and site in self.steps.sites:
+            return self.steps.affine(site, self.rows)
+        at = self.sites[site]
+        return self.table.scale[self.rows, at], self.table.zero_point[self.rows, at]
 
 
 def quantize_rows(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor) -> Tensor:
@@ -41,18 +54,12 @@ def quantize_rows(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor) ->
     Args:
         x: [n * k, ...], k values along the first axis for each sample; scale, zero_point, bits: [n].
     """
-    low, high = (_limits(bits, end) for end in (0, 1))
+    low, high = numerics.activation_limits(bits)
     s, z, low, high, floating = (_each(t, x) for t in (scale, zero_point, low, high, bits == 16))
     scaled = x * s.reciprocal()
     rounded = scaled + (torch.round(scaled) - scaled).detach()
     quantized = (torch.minimum(torch.maximum(rounded + z, low), high) - z) * s
     return torch.where(floating, x, quantized)
-
-
-def _limits(bits: Tensor, end: int) -> Tensor:
-    """Smallest or largest activation integer per sample."""
-    values = [float(numerics.activation_range(8 if b == 16 else b)[end]) for b in bits.tolist()]
-    return torch.tensor(values)
 
 
 def _each(values: Tensor, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from .inputs import SegmentInputs, layer_vectors
 from .layers import LAYERS, RoundedLayer, bias_shift, layer_bits, layers, round_layer, segments, with_own_biases
 from .learning import BlockData, BlockNetwork, Means, learn_rounding
 from .learning_set import LearningSet, learning_set
+from .step_sizes import StepSizes, learnt_table
 
 _SAMPLES = 256  # of the learning set, fewer where they would not fit
 _MEMORY = 2 << 30  # bytes of the values that wait for a later node, in both branches
@@ -42,6 +43,14 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
+@dataclass(frozen=True)
+class Reconstruction:
+    """{layer: its integers and what its bias gains}, and the table with the step sizes that were learnt, if any."""
+
+    layers: dict[str, RoundedLayer]
+    table: Table
+
+
 @torch.no_grad()
 def reconstruct(
     calibration: Calibration,
@@ -49,10 +58,11 @@ def reconstruct(
     method: str,
     weight_bits: int,
     iterations: int = 0,
+    step_groups: int | None = None,
     cache_dir: str | Path | None = None,
     on_layer: Callable[[str], None] | None = None,
     on_progress: OnProgress | None = None,
-) -> dict[str, RoundedLayer]:
+) -> Reconstruction:
     """Round layer after layer (``gptq``), or learn block after block from there (``adaround``).
 
     The whole learning set advances through the graph node by node, in a quantised copy and, where targets are needed,
@@ -63,11 +73,13 @@ def reconstruct(
         table: the activations' scales and zero points, as they will be deployed.
         method: "gptq" or "adaround"; ``iterations``: of each block, for the latter.
         weight_bits: of all layers but the first and the last.
+        step_groups: with AdaRound, learn the activations' step sizes and zero points, too, one for so many
+            neighbouring rows (0: for all); None leaves the table as it is.
         cache_dir: folder for work in progress; an interrupted run with the same arguments resumes there.
         on_layer: called with each layer's name once it is rounded; ``on_progress``: after every iteration.
 
     Returns:
-        {layer: its integers and what its bias gains}; the same arguments give the same bit for bit, resumed or not.
+        The same arguments give the same bit for bit, resumed or not.
 
     Raises:
         ValueError: another method, less than one iteration of AdaRound, or a weight that is not finite.
@@ -85,9 +97,10 @@ def reconstruct(
     checkpoint = None
     if cache_dir is not None:
         key = {"method": method, "bits": weight_bits, "iterations": iterations, "samples": len(data)}
+        key |= {"step_groups": step_groups}
         statistics = {"scale": table.scale, "zero_point": table.zero_point, "bits": table.bits, **data.inputs}
         checkpoint = Checkpoint.open(cache_dir, {**calibration.key, **key, "data": fingerprint(statistics)})
-    stage = _Stage(calibration, graph, constants, data, table, method, weight_bits, iterations)
+    stage = _Stage(calibration, graph, constants, data, table, method, weight_bits, iterations, step_groups)
     blocks = find_blocks(graph)
     for index, block in enumerate(blocks):
         known = checkpoint.load(index) if checkpoint is not None and block.layers else None
@@ -98,7 +111,7 @@ def reconstruct(
         for node in block.layers:
             if on_layer is not None:
                 on_layer(node.kwargs["layer"])
-    return stage.rounded
+    return Reconstruction(stage.rounded, stage.table)
 
 
 def _reporter(block: int, blocks: int, iterations: int, on_progress: OnProgress | None) -> Callable[[float], None]:
@@ -143,10 +156,11 @@ class _Stage:
         method: str,
         weight_bits: int,
         iterations: int,
+        step_groups: int | None,
     ) -> None:
         self.calibration, self.graph, self.constants = calibration, graph, constants
         self.data, self.table, self.weight_bits, self.iterations = data, table, weight_bits, iterations
-        self.float_constants = dict(constants)
+        self.step_groups, self.float_constants = step_groups, dict(constants)
         self.weights: dict[str, tuple[Tensor, ...]] = {}
         self.rounded: dict[str, RoundedLayer] = {}
         self.quantized = Branch(graph, constants, data, table, self.weights)
@@ -157,13 +171,14 @@ class _Stage:
     ) -> dict[str, Tensor]:
         """Round a block's layers, or take them from an earlier run, and advance past it; their tensors to keep."""
         learnt: dict[str, tuple[QuantizedWeight, ...]] = {}
+        tensors: dict[str, Tensor] = {}
         if self.floating is not None:
             if block.layers and known is None:
-                learnt = self._learn(block, report)
+                learnt, tensors = self._learn(block, report)
             else:
                 for node in block.nodes:
                     self.floating.advance(node)
-        tensors: dict[str, Tensor] = {}
+        self.table = self.quantized.table = learnt_table(self.table, tensors if known is None else known)
         for node in block.nodes:
             if node.op in LAYERS:
                 name = node.kwargs["layer"]
@@ -215,8 +230,10 @@ class _Stage:
             fork.advance(node)
         return start, means
 
-    def _learn(self, block: Block, report: Callable[[float], None]) -> dict[str, tuple[QuantizedWeight, ...]]:
-        """AdaRound of a block; the float branch advances past it."""
+    def _learn(
+        self, block: Block, report: Callable[[float], None]
+    ) -> tuple[dict[str, tuple[QuantizedWeight, ...]], dict[str, Tensor]]:
+        """AdaRound of a block, and the step sizes learnt with it; the float branch advances past it."""
         assert self.floating is not None
         scalars = [node for node in self.graph.nodes if node.op.startswith("sym_")]
         own = {node.name for node in scalars}
@@ -235,7 +252,10 @@ class _Stage:
         data = BlockData(quantized, floating, batched, target, self.data.rows)
         network = BlockNetwork(block, scalars, self.float_constants, self.table)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.calibration.key['seed']} {block.exit}".encode()))
-        return learn_rounding(network, start, means, data, self.iterations, generator, on_iteration=report)
+        if self.step_groups is not None:
+            network.steps = StepSizes(self.table, block.body, self.step_groups)
+        weights = learn_rounding(network, start, means, data, self.iterations, generator, on_iteration=report)
+        return weights, {} if network.steps is None else network.steps.tensors()
 
     def _each(self, name: str) -> int:
         """How many values along a value's first axis belong to a sample; 0 where it is the same for all."""
