@@ -7,22 +7,26 @@ import functools
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import qdiff_engine as qe
 from benchmarks import sections
 from benchmarks.quality import row
 from qdiff_engine.alignment.training import AlignmentSettings
 from qdiff_engine.calibration.calibration import Calibration
+from qdiff_engine.calibration.checkpoint import fingerprint
 from qdiff_engine.evaluation import compare_all
 from qdiff_engine.measuring import high_water_mark
 from qdiff_engine.models import ddim, demo_model
 from qdiff_engine.quantization import equalised
 
 UNCLAMPED = " (k < 0 too)"  # after "ptqd": k may be negative
+BEST = "ner+ibc+ivc"  # the corrections that gain most on the bundled network
 _BATCH = 32
 _CACHE = Path(tempfile.gettempdir()) / "qdiff-benchmarks-float"  # trajectories of the float network
 
@@ -50,6 +54,19 @@ class Contestant:
         return None if self.align == "none" else dataclasses.replace(self, align="none")
 
 
+def _remembered(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward(sample, timestep)`` that computes each answer once."""
+    known: dict[str, Any] = {}
+
+    def remembered(sample: Any, timestep: Any) -> Any:
+        key = fingerprint({"sample": sample, "timestep": torch.as_tensor(timestep)})
+        if key not in known:
+            known[key] = forward(sample, timestep)
+        return known[key]
+
+    return remembered
+
+
 class Setting:
     """The bundled network under one sampler, and its contestants, each made once, when first asked for."""
 
@@ -65,7 +82,9 @@ class Setting:
     def calibration(self) -> Calibration:
         """One for all."""
         samples = self.calibration_samples
-        return qe.calibrate(self.unet, self.scheduler, steps=self.steps, samples=samples, seed=0, eta=self.eta)
+        found = qe.calibrate(self.unet, self.scheduler, steps=self.steps, samples=samples, seed=0, eta=self.eta)
+        self.unet.forward = _remembered(self.unet.forward)  # from here on it runs float trajectories, often the same
+        return found
 
     def _noise(self, contestant: Contestant) -> tuple[Any, float]:
         """(the noise of a contestant, the seconds that measuring it took): each correction of it pays for them."""
@@ -104,6 +123,7 @@ class Setting:
 
         "calibration_seconds" are of what follows the float trajectories: rounding, learning, correcting.
         """
+        assert self.calibration  # first, before anything else calls the network
         models = {str(contestant): self.model(contestant) for contestant in contestants}
         peak = high_water_mark()
         settings: dict[str, Any] = {"steps": self.steps, "samples": samples, "seed": seed, "eta": self.eta}

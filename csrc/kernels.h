@@ -55,9 +55,10 @@ struct DenoiseStep {
     const float* noise;       // [N, C, P] or null
     const float* a;           // [C] or null
     const float* b;           // [C] or null
-    const float* input_bias;  // [C] or null
+    const float* input_bias;  // [C, bias_pixels] or null
     float* out;               // [N, C, P]
     int64_t batch, channels, pixels;
+    int64_t bias_pixels;  // P, or 1 where B is one value per channel
     Prediction prediction;
     float cx, c0, ce, sigma, signal, deviation, clip, guidance;
 };

@@ -169,10 +169,11 @@ void bind_conv2d(Address q, bool unsigned_storage, Address panels, const std::ar
     int_conv2d(pointer<const uint8_t>(q), unsigned_storage, pointer<const int16_t>(panels), conv, output);
 }
 
-void bind_denoise_step(const std::array<Address, 8>& tensors, const std::array<int64_t, 3>& shape, int prediction,
+void bind_denoise_step(const std::array<Address, 8>& tensors, const std::array<int64_t, 4>& shape, int prediction,
                        const std::array<float, 8>& constants) {
     require(prediction >= 0 && prediction <= 3, "prediction must be 0 to 3");
     require(shape[0] >= 0 && shape[1] > 0 && shape[2] >= 0, "sizes must not be negative");
+    require(shape[3] == 1 || shape[3] == shape[2], "the bias must have one value per channel or per element");
     DenoiseStep step{};
     step.x = pointer<const float>(tensors[0]);
     step.cond = pointer<const float>(tensors[1]);
@@ -182,7 +183,7 @@ void bind_denoise_step(const std::array<Address, 8>& tensors, const std::array<i
     step.b = pointer<const float>(tensors[5]);
     step.input_bias = pointer<const float>(tensors[6]);
     step.out = pointer<float>(tensors[7]);
-    step.batch = shape[0], step.channels = shape[1], step.pixels = shape[2];
+    step.batch = shape[0], step.channels = shape[1], step.pixels = shape[2], step.bias_pixels = shape[3];
     step.prediction = static_cast<Prediction>(prediction);
     step.cx = constants[0], step.c0 = constants[1], step.ce = constants[2], step.sigma = constants[3];
     step.signal = constants[4], step.deviation = constants[5], step.clip = constants[6], step.guidance = constants[7];

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .plan_requests import MODE_BITS, PlanRequest, parse_plan
 
@@ -19,7 +19,19 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "edges": ("a16", "a8"),
 }
 _ALIGN = re.compile(r"none|accuquant:([1-9][0-9]{0,3})")
-_CORRECT = re.compile(r"(none|ptqd|mmse|ner)(\+ibc)?(\+vsc)?")
+_CORRECT = re.compile(r"(none|ptqd|mmse|ner)(\+ibc(?:\+ivc)?)?(\+vsc)?")
+
+
+class Corrections(NamedTuple):
+    """A ``correct`` field in parts: the method for the output, and whether each of the others is corrected.
+
+    ``input_bias`` and ``input_variance`` are of the latents that a step hands on, ``variance`` is the sampler's.
+    """
+
+    output: str
+    input_bias: bool
+    input_variance: bool
+    variance: bool
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,8 @@ class Recipe:
         observer: how a range is read off the statistics: "minmax", "percentile" or "mse".
         rows: which rows share a range: "step" (none), "group:K" (K neighbours) or "static" (all).
         correct: what is done about the quantisation noise, see `qdiff_engine.correct`: "none", "ptqd", "mmse" or "ner"
-            for the output, with "+ibc" (input bias) and "+vsc" (the sampler's variance) appended, in this order.
+            for the output, with "+ibc" (the latents' bias) or "+ibc+ivc" (and their variance) and "+vsc" (the sampler's
+            variance) appended, in this order.
         align: "none", or "accuquant:M": step sizes learnt over groups of M steps, see `qdiff_engine.align`.
         edges: "a16" keeps the first layer's activations floating, "a8" quantises them to 8 bits.
 
@@ -140,16 +153,18 @@ def check_align(value: Any) -> int | None:
     return None if found[1] is None else int(found[1])
 
 
-def check_correct(value: Any) -> tuple[str, bool, bool]:
-    """(method for the output, whether the input bias, whether the variance is corrected) of a ``correct`` field.
+def check_correct(value: Any) -> Corrections:
+    """The parts of a ``correct`` field.
 
     Raises:
         ValueError: it is none of the valid forms.
     """
     found = _CORRECT.fullmatch(value) if isinstance(value, str) else None
     if found is None:
-        raise ValueError(f"correct must be none, ptqd, mmse or ner, with '+ibc' and '+vsc' appended, got {value!r:.50}")
-    return found[1], found[2] is not None, found[3] is not None
+        raise ValueError(
+            f"correct must be none, ptqd, mmse or ner, with '+ibc' or '+ibc+ivc' and '+vsc' appended, got {value!r:.50}"
+        )
+    return Corrections(found[1], found[2] is not None, found[2] == "+ibc+ivc", found[3] is not None)
 
 
 NAMED: dict[str, dict[str, Any]] = {

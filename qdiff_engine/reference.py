@@ -209,7 +209,7 @@ def denoise_step(
     b: Tensor | None = None,
     input_bias: Tensor | None = None,
 ) -> Tensor:
-    """x' = cx x + c0 x0 + ce e' + s' z + B[c], e' = a[c] e + b[c], e = uncond + g (cond - uncond) in float64.
+    """x' = cx x + c0 x0 + ce e' + s' z + B, e' = a[c] e + b[c], e = uncond + g (cond - uncond) in float64.
 
     Where the scheduler clips, x0 = clamp(predicted sample, +-clip) and e' becomes the predicted noise; where it does
     not, c0 is unused and e' is the model's output, whatever it predicts.
@@ -218,6 +218,7 @@ def denoise_step(
         constants: cx, c0, ce, s', sqrt(alpha_bar), sqrt(1 - alpha_bar), clip, g.
         guidance: g in place of the one in ``constants``.
         prediction_type: "epsilon", "v_prediction" or "sample".
+        a, b: [C]; ``input_bias``: B, [C] or [C, *spatial].
     """
     cx, c0, ce, sigma, signal, deviation, clip, g = (float(value) for value in constants)
     g = g if guidance is None else guidance
@@ -246,4 +247,6 @@ def denoise_step(
     y = y + ce * e
     if noise is not None:
         y = y + sigma * noise.double()
-    return y if input_bias is None else y + per_channel(input_bias)
+    if input_bias is None:
+        return y
+    return y + (per_channel(input_bias) if input_bias.dim() == 1 else input_bias.double())

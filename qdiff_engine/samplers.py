@@ -212,20 +212,23 @@ class Stepper:
         """The latents after step ``index``.
 
         ``a`` and ``b`` float32 [C] correct the guided prediction first; ``sigma_scale`` replaces the correction's.
+        The correction's g takes no operation of its own: it multiplies the step's coefficients.
         """
         if self.coefficients is None:
             return self._own_step(index, latents, cond, uncond, a, b)
         row = self.coefficients[index]
-        sigma, bias = row.sigma, None
+        sigma, gain, bias = row.sigma, 1.0, None
         if self.correction is not None:
             r = self.correction.row(row.timestep)
             sigma *= float(self.correction.sigma_scale[r])
+            gain = float(self.correction.latent_scale[r])
             bias = self.correction.input_bias[r].to(latents.device) if self.correction.has_input_bias else None
         if sigma_scale is not None:
             sigma = row.sigma * sigma_scale
         noise = self.draw_noise(latents) if row.sigma > 0 else None  # drawn though sigma be 0: the streams stay in step
         guidance = 1.0 if self.guidance_scale is None else float(self.guidance_scale)
-        constants = [row.cx, row.c0, row.cd, sigma, row.signal, row.deviation, row.clip, guidance]
+        terms = [gain * term for term in (row.cx, row.c0, row.cd, sigma)]
+        constants = [*terms, row.signal, row.deviation, row.clip, guidance]
         return ops.denoise_step(
             latents,
             cond,

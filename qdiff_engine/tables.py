@@ -94,7 +94,7 @@ def row_groups(modes: tuple[str, ...], rows: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Correction:
-    """What a corrected model gives its sampler, by row: x' gets B[r, c] added and its noise scaled by s'[r] / s[r].
+    """What a corrected model gives its sampler, by row: g[r] x' + B[r], with the noise of x' scaled by s'[r] / s[r].
 
     The output's affine map is in the `Table`; ``method`` and ``key`` speak of it, too.
 
@@ -102,8 +102,9 @@ class Correction:
         method: "ptqd", "mmse+ibc", ...: what was estimated, see `Recipe`.
         key: what it is valid for: checkpoint hash, sampler, steps, eta, guidance, prediction type, bits.
         timesteps: of the rows, descending, as in the table.
-        input_bias: float32 [R, C], B; zero where no bias is corrected.
+        input_bias: float32 [R, C] or [R, C, *spatial], B; zero where no bias is corrected.
         sigma_scale: float32 [R], s' / s in [0, 1]; one where no noise is calibrated.
+        latent_scale: float32 [R], g > 0; one where no variance of the latents is corrected, as by default.
 
     Raises:
         ValueError: a tensor of the wrong shape or dtype, or with a value outside its range.
@@ -114,23 +115,29 @@ class Correction:
     timesteps: tuple[float, ...]
     input_bias: Tensor
     sigma_scale: Tensor
+    latent_scale: Tensor = None  # type: ignore[assignment]
     has_input_bias: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         rows = len(self.timesteps)
-        for name, value, rank in (("input_bias", self.input_bias, 2), ("sigma_scale", self.sigma_scale, 1)):
-            if value.dtype != torch.float32 or value.dim() != rank or len(value) != rows:
+        if self.latent_scale is None:
+            object.__setattr__(self, "latent_scale", torch.ones(rows))
+        for name, ranks in (("input_bias", range(2, 6)), ("sigma_scale", (1,)), ("latent_scale", (1,))):
+            value: Tensor = getattr(self, name)
+            if value.dtype != torch.float32 or value.dim() not in ranks or len(value) != rows:
                 raise ValueError(f"{name} must be float32 with {rows} rows, got {value.dtype} {list(value.shape)}")
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name} must be finite")
         if bool((self.sigma_scale < 0).any()) or bool((self.sigma_scale > 1).any()):
             raise ValueError("sigma_scale must lie in [0, 1]")
+        if bool((self.latent_scale <= 0).any()):
+            raise ValueError("latent_scale must be positive")
         object.__setattr__(self, "has_input_bias", bool((self.input_bias != 0).any()))
 
     @property
     def only_output(self) -> bool:
         """Whether the sampler's step stays as it is."""
-        return not self.has_input_bias and bool((self.sigma_scale == 1).all())
+        return not self.has_input_bias and bool((self.sigma_scale == 1).all() and (self.latent_scale == 1).all())
 
     def row(self, timestep: float) -> int:
         """Index of the row nearest to ``timestep``."""

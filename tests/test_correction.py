@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qdiff_engine.correction.drift import input_bias
+from qdiff_engine.correction.drift import input_affine, input_bias
 from qdiff_engine.correction.moments import Moments
 from qdiff_engine.correction.output import LEAST_K, KeptSums, identity, mmse, ner, ptqd
 from qdiff_engine.correction.variance import calibrated_sigma, sigma_scale
@@ -218,21 +218,50 @@ def test_ner_has_no_unit() -> None:
 
 
 def test_input_bias_removes_a_planted_drift() -> None:
-    """A rollout x' = c x + d e whose quantised branch drifts by a constant per channel and step."""
+    """A rollout x' = c x + d e whose quantised branch drifts by a constant per element and step."""
     generator = torch.Generator().manual_seed(3)
+    drifts = column(BIAS) * torch.randn(SHAPE[1:], generator=generator, dtype=torch.float64)
     x = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
     quantized, uncorrected = x.clone(), x.clone()
     for step in range(10):
-        drift = column(BIAS) * (step + 1) / 10
+        drift = drifts * (step + 1) / 10
         jitter = 0.01 * torch.randn(SHAPE, generator=generator, dtype=torch.float64)
         x, quantized, uncorrected = (
             0.9 * value - 0.1 * value.tanh() + own
             for value, own in ((x, 0.0), (quantized, drift + jitter), (uncorrected, drift + jitter))
         )
-        quantized = quantized + column(input_bias(x, quantized))
-    before, after = (float((x - other).mean((0, 2, 3)).abs().max()) for other in (uncorrected, quantized))
+        quantized = quantized + input_bias(x, quantized)
+    before, after = (float((x - other).mean(0).abs().max()) for other in (uncorrected, quantized))
     assert before > 0.1 and after < 1e-9
     assert float((x - quantized).square().mean()) < 0.01 * float((x - uncorrected).square().mean())
+
+
+def test_input_affine_removes_a_planted_spread_and_drift() -> None:
+    """x_hat = s x + drift with independent noise; g and B, fitted on one half, hold for the other."""
+    generator = torch.Generator().manual_seed(4)
+    size = (4000, *SHAPE[1:])
+    x = 0.5 + torch.randn(size, generator=generator, dtype=torch.float64)
+    drift = 0.3 * torch.randn(SHAPE[1:], generator=generator, dtype=torch.float64)
+    quantized = 1.2 * x + drift + 0.5 * torch.randn(size, generator=generator, dtype=torch.float64)
+    g, bias = input_affine(x[:2000], quantized[:2000])
+    assert g == pytest.approx(1 / math.sqrt(1.2**2 + 0.5**2), rel=0.01)
+    corrected = g * quantized + bias
+    assert float((corrected[:2000] - x[:2000]).mean(0).abs().max()) < 1e-12
+    assert float(corrected[:2000].var(0, correction=0).mean()) == pytest.approx(
+        float(x[:2000].var(0, correction=0).mean()), rel=1e-12
+    )
+    seen, unseen = corrected[2000:], x[2000:]
+    assert float(seen.var(0).mean() / unseen.var(0).mean()) == pytest.approx(1.0, rel=0.01)
+    assert float((seen - unseen).mean(0).square().mean()) < 0.01 * float(drift.square().mean())
+
+
+def test_input_affine_where_nothing_spreads() -> None:
+    x = torch.randn(1, *SHAPE[1:], generator=torch.Generator().manual_seed(1))
+    g, bias = input_affine(x, x + 1)
+    assert g == 1.0 and torch.allclose(bias, torch.full(SHAPE[1:], -1.0, dtype=torch.float64), atol=1e-6)
+    flat = torch.zeros(4, *SHAPE[1:])
+    assert input_affine(torch.randn(4, *SHAPE[1:]), flat)[0] == 1.0
+    assert input_affine(flat, torch.randn(4, *SHAPE[1:]))[0] == 0.5, "it is bounded: latents are not wiped out"
 
 
 def test_the_variance_schedule_gives_the_planted_total() -> None:
@@ -291,7 +320,7 @@ def test_nan_is_refused(bad: float, which: int) -> None:
     pair = list(planted(0.0))
     pair[which][3, 1, 2, 2] = bad
     name = ("float", "quantised")[which]
-    for measure in (Moments.of, KeptSums.of, input_bias):
+    for measure in (Moments.of, KeptSums.of, input_bias, input_affine):
         with pytest.raises(ValueError, match=f"the {name} prediction holds NaN or infinity"):
             measure(*pair)
 

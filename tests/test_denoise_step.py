@@ -34,8 +34,9 @@ def test_every_backend_is_the_formula(backend: str, prediction_type: str, clippe
     x, cond, uncond, noise = images(1)
     constants = torch.tensor([0.9, 0.4, -0.3, 0.2, 0.6, 0.8, 1.0, 7.5])
     corrections = {"a": per_channel(7, 1.0), "b": per_channel(8), "input_bias": per_channel(9)}
+    mapped = {**corrections, "input_bias": normal(*SHAPE[1:], seed=10)}
     for given in ((cond, uncond, noise), (cond, None, noise), (cond, uncond, None), (cond, None, None)):
-        for options in ({}, corrections, {"guidance": 2.0}):
+        for options in ({}, corrections, mapped, {"guidance": 2.0}):
             keywords: dict[str, Any] = {"prediction_type": prediction_type, "clipped": clipped, **options}
             exact = reference.denoise_step(x, *given, constants, **keywords)
             actual = ops.denoise_step(x, *given, constants, backend=backend, **keywords)
@@ -59,7 +60,9 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"constants": torch.ones(7)}, ValueError, r"constants must be float32 \[8\]"),
     ({"constants": torch.ones(8).double()}, ValueError, "constants must be float32"),
     ({"a": torch.ones(3)}, ValueError, r"a must be float32 \[4\]"),
-    ({"input_bias": torch.ones(4, 1)}, ValueError, r"input_bias must be float32 \[4\]"),
+    ({"input_bias": torch.ones(3)}, ValueError, r"input_bias must be float32 \[4\]"),
+    ({"input_bias": torch.ones(4, 1)}, ValueError, r"input_bias must be float32 \[4, 9, 7\]"),
+    ({"input_bias": torch.ones(SHAPE)}, ValueError, r"input_bias must be float32 \[4, 9, 7\]"),
     ({"prediction_type": "flow"}, ValueError, "prediction_type must be"),
     ({"guidance": "7"}, TypeError, "guidance must be a number"),
     ({"x": torch.ones(SHAPE, dtype=torch.int64)}, ValueError, "x must be floating"),
@@ -80,10 +83,10 @@ def test_wrong_arguments(backend: str, changes: dict[str, Any], error: type[Exce
 
 def unfused(
     kind: str, scheduler: Any, index: int, eta: float, x: Tensor, e: Tensor, z: Tensor, a: Tensor, b: Tensor,
-    bias: Tensor, scale: float,
+    bias: Tensor, scale: float, gain: float,
 ) -> Tensor:  # fmt: skip
     """The papers' formulas in float64 (DDIM: Song et al. 2021, eq. 12; DDPM: Ho et al. 2020, eq. 7), corrected."""
-    x, e, z, a, b, bias = (t.double() for t in (x, e, z, a[:, None, None], b[:, None, None], bias[:, None, None]))
+    x, e, z, a, b, bias = (t.double() for t in (x, e, z, a[:, None, None], b[:, None, None], bias))
     e = a * e + b
     t = int(scheduler.timesteps[index])
     before = int(scheduler.timesteps[index + 1]) if index + 1 < len(scheduler.timesteps) else -1
@@ -108,7 +111,7 @@ def unfused(
         mean = math.sqrt(ab_before) * beta / (1 - ab) * x0
         mean = mean + math.sqrt(1 - beta) * (1 - ab_before) / (1 - ab) * x
         sigma = 0.0 if t == 0 else math.sqrt(beta) if config.variance_type == "fixed_large" else sigma
-    return mean + scale * sigma * z + bias
+    return gain * (mean + scale * sigma * z) + bias
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -126,13 +129,14 @@ def unfused(
 def test_a_corrected_step_is_the_unfused_formula(
     kind: str, eta: float, changes: dict[str, Any], prediction_type: str, clip_sample: bool, guided: bool
 ) -> None:
-    """Guidance, correction, update, calibrated noise and input bias in one operator, step by step to 1e-5."""
+    """Guidance, correction, update, calibrated noise and the latents' correction in one operator, to 1e-5."""
     make = DDIMScheduler if kind == "ddim" else DDPMScheduler
     scheduler = make(prediction_type=prediction_type, clip_sample=clip_sample, **changes)
     steps, n = 10, SHAPE[0]
     times = tuple(float(t) for t in prepared(scheduler, steps).timesteps)
-    biases, scales = 0.05 * normal(steps, SHAPE[1], seed=3), torch.linspace(0, 1, steps)
-    correction = Correction("ner+ibc+vsc", {}, times, biases, scales)
+    biases, scales = 0.05 * normal(steps, *SHAPE[1:], seed=3), torch.linspace(0, 1, steps)
+    gains = torch.linspace(0.8, 1.1, steps)
+    correction = Correction("ner+ibc+ivc+vsc", {}, times, biases, scales, gains)
     guidance_scale = 4.0 if guided else None
     stepper = Stepper(scheduler, steps, eta, 5, n, guidance_scale, correction)
     generators = [torch.Generator().manual_seed(5 * 1_000_003 + j + 1) for j in range(n)]
@@ -142,7 +146,7 @@ def test_a_corrected_step_is_the_unfused_formula(
         e = (uncond.double() + 4.0 * (cond.double() - uncond.double())) if guided else cond
         noisy = stepper.coefficients is not None and stepper.coefficients[i].sigma > 0
         z = torch.cat([torch.randn(1, *SHAPE[1:], generator=g) for g in generators]) if noisy else torch.zeros(SHAPE)
-        arguments = (x, e, z, a, b, biases[i], float(scales[i]))
+        arguments = (x, e, z, a, b, biases[i], float(scales[i]), float(gains[i]))
         expected = unfused(kind, stepper.scheduler, i, eta, *arguments)
         actual = stepper.step(i, x, cond, uncond if guided else None, a=a, b=b)
         assert float((actual - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
@@ -204,6 +208,8 @@ def test_euler_steps_with_a_corrected_prediction() -> None:
 BAD_TABLES: list[tuple[dict[str, Any], str]] = [
     ({"input_bias": torch.ones(2, 4)}, "input_bias must be float32 with 1 rows"),
     ({"input_bias": torch.full((1, 4), math.nan)}, "input_bias must be finite"),
+    ({"latent_scale": torch.zeros(1)}, "latent_scale must be positive"),
+    ({"latent_scale": torch.ones(2)}, "latent_scale must be float32 with 1 rows"),
     ({"sigma_scale": torch.ones(1).double()}, "sigma_scale must be float32"),
     ({"sigma_scale": torch.full((1,), 1.5)}, r"sigma_scale must lie in \[0, 1\]"),
     ({"sigma_scale": torch.full((1,), -0.1)}, r"sigma_scale must lie in \[0, 1\]"),

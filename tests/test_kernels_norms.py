@@ -407,10 +407,11 @@ def plain_step(x: Tensor, cond: Tensor, uncond: Tensor, noise: Tensor, **options
 def test_denoise_step(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, cond, uncond, noise = (torch.randn(shape).to(dtype) for _ in range(4))
     correction = {name: torch.randn(shape[1]) for name in ("a", "b", "input_bias")}
+    mapped = {**correction, "input_bias": torch.randn(shape[1:])}
     tensors = [surrounded(value) for value in (x, cond, uncond, noise)]
     for prediction_type in ("epsilon", "v_prediction", "sample"):
         for clipped in (False, True):
-            for options in ({}, correction, {"guidance": 1.5}):
+            for options in ({}, correction, mapped, {"guidance": 1.5}):
                 given: dict[str, Any] = {"prediction_type": prediction_type, "clipped": clipped, **options}
                 exact = reference.denoise_step(x, cond, uncond, noise, CONSTANTS, **given)
                 y = denoise_step(*tensors, CONSTANTS.to(DEVICE), **on_device(given))
@@ -581,6 +582,8 @@ WRONG: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (TypeError, "uncond must be float16", lambda: step(uncond=X.int())),
     (ValueError, r"constants must be dense \[8\], got \[7\]", lambda: step(constants=torch.ones(7))),
     (ValueError, r"input_bias must be dense \[2\]", lambda: step(input_bias=torch.ones(3))),
+    (ValueError, r"input_bias must be dense \[2\] or \[2, ", lambda: step(input_bias=torch.ones(2, 1))),
+    (TypeError, "input_bias must be float32", lambda: step(input_bias=torch.ones(2, 1).double())),
     (ValueError, "prediction_type must be one of", lambda: step(prediction_type="flow")),
     (TypeError, "guidance must be a number", lambda: step(guidance="7.5")),
 ]

@@ -174,6 +174,23 @@ def test_mmse_lowers_the_error_of_every_row() -> None:
         assert float((a * quantized + b - e).square().sum()) < float((quantized - e).square().sum())
 
 
+def test_latents_keep_the_float_rollouts_mean_and_variance() -> None:
+    corrected = correct("mmse+ibc+ivc", model=model("w4a16"))
+    found = corrected.correction
+    assert found is not None and found.input_bias.shape == (STEPS, *SHAPE) and bool((found.latent_scale != 1).all())
+    paths: list[list[Step]] = [[], []]
+    start = initial_noise((SAMPLES, *SHAPE), SEED)
+    with torch.no_grad():
+        denoise(networks.network(NAME), networks.ddim(), start, steps=STEPS, on_step=paths[0].append)
+        given = {"steps": STEPS, "correction": found, "on_step": paths[1].append}
+        denoise(corrected, networks.ddim(), start, **given)
+    for one, other in zip(*paths, strict=True):
+        x, quantised = one.previous.double(), other.previous.double()
+        assert torch.allclose(x.mean(0), quantised.mean(0), atol=1e-5)
+        spread, own = (float(value.var(0, correction=0).mean()) for value in (x, quantised))
+        assert own == pytest.approx(spread, rel=1e-5)
+
+
 def test_ner_follows_the_corrected_rollout() -> None:
     """Each row's K is that of (float rollout, rollout that carries the corrections of the rows before).
 
@@ -194,7 +211,7 @@ def test_ner_follows_the_corrected_rollout() -> None:
             e_hat = quantised(own.sample, own.timestep).sample
             k = ner(KeptSums.of(other.prediction, e_hat))
             assert torch.allclose(corrected.table.output_scale[row].double(), k, atol=1e-5)
-            drift = (other.previous - own.previous).double().mean((0, 2, 3))
+            drift = (other.previous - own.previous).double().mean(0)
             assert float(drift.abs().max()) < 1e-5, "the input bias removes the mean drift of its own samples"
             fed_float.append(ner(KeptSums.of(other.prediction, quantised(other.sample, other.timestep).sample)))
     assert bool((corrected.table.output_shift == 0).all())
@@ -372,7 +389,7 @@ def test_an_artifact_keeps_corrections_and_noise(tmp_path: Path) -> None:
     assert loaded.correction is not None and loaded.noise is not None and corrected.correction is not None
     assert (loaded.correction.method, loaded.correction.key) == ("ner+ibc", corrected.correction.key)
     assert loaded.correction.timesteps == corrected.correction.timesteps
-    for name in ("input_bias", "sigma_scale"):
+    for name in ("input_bias", "sigma_scale", "latent_scale"):
         assert torch.equal(getattr(loaded.correction, name), getattr(corrected.correction, name))
     assert (loaded.noise.key, loaded.noise.modes) == (noise().key, MODES)
     assert torch.equal(loaded.noise.sums, noise().sums) and torch.equal(loaded.noise.alpha_bar, noise().alpha_bar)
@@ -403,10 +420,14 @@ def test_an_artifact_without_corrections_has_no_trace_of_them(tmp_path: Path) ->
 
 BAD: list[tuple[str, Any, str]] = [
     ("correction", [], "'correction' must hold"),
-    ("correction", {"method": "ptqd"}, "'correction' must hold 'method' and 'key'"),
-    ("correction", {"method": 3, "key": {}}, "'correction'.method must be of type str"),
-    ("correction", {"method": "rm -rf", "key": {}}, "'correction'.method: correct must be none"),
-    ("correction", {"method": "ptqd", "key": []}, "'correction'.key must be of type dict"),
+    ("correction", {"method": "ptqd"}, "'correction' must hold 'method' and 'key' and 'size'"),
+    ("correction", {"method": 3, "key": {}, "size": []}, "'correction'.method must be of type str"),
+    ("correction", {"method": "rm -rf", "key": {}, "size": []}, "'correction'.method: correct must be none"),
+    ("correction", {"method": "ptqd", "key": [], "size": []}, "'correction'.key must be of type dict"),
+    ("correction", {"method": "ptqd", "key": {}, "size": ["8"]}, "'correction'.size must hold sizes"),
+    ("correction", {"method": "ptqd", "key": {}, "size": [2, 2, 2, 2]}, "'correction'.size must be a list of"),
+    ("correction", {"method": "ptqd", "key": {}, "size": []}, "correction.input_bias"),
+    ("correction", {"method": "ptqd", "key": {}, "size": [2**40, 1]}, "correction.input_bias"),
     ("noise", {"modes": ["A8"]}, "'noise' must hold 'modes' and 'key'"),
     ("noise", {"modes": [], "key": {}}, "'noise'.modes must hold some of A4, A8, A16"),
     ("noise", {"modes": ["A8", "A8", "A4"], "key": {}}, "'noise'.modes must hold"),
@@ -425,10 +446,21 @@ def test_a_strangers_fields_are_checked(field: str, value: Any, message: str, tm
     assert message in refused(write(tmp_path / "b", resealed(data, config)))
 
 
+def test_a_bias_of_another_size_than_the_networks_is_refused(tmp_path: Path) -> None:
+    from test_artifact_faults import refused
+
+    wrong = correct("none+ibc")
+    assert wrong.correction is not None
+    wrong.correction = dataclasses.replace(wrong.correction, input_bias=wrong.correction.input_bias[..., :8])
+    wrong.save_pretrained(tmp_path)
+    assert "'correction'.size must be [] or [16, 16] like the graph's sample, got [16, 8]" in refused(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("correction.input_bias", math.nan, "correction: input_bias must be finite"),
+        ("correction.latent_scale", -1.0, "correction: latent_scale must be positive"),
         ("correction.sigma_scale", 2.0, r"correction: sigma_scale must lie in [0, 1]"),
         ("noise.sums", math.inf, "noise: sums must be finite"),
         ("noise.alpha_bar", -1.0, "noise: alpha_bar must lie in [0, 1]"),

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import corrections, reconstruction
+from benchmarks import corrections, gates, reconstruction
 from benchmarks.fidelity import UNCLAMPED, Contestant
 from qdiff_engine.recipe import check_align, check_correct
 
@@ -22,7 +22,7 @@ def test_a_contestant_is_made_by_its_last_step_from_another() -> None:
     assert Contestant("w4a8").recipe().weights == "gptq"  # the recipe's own
 
 
-@pytest.mark.parametrize("benchmark_module", [corrections, reconstruction])
+@pytest.mark.parametrize("benchmark_module", [corrections, gates, reconstruction])
 def test_sections_have_names_of_their_own(benchmark_module: ModuleType) -> None:
     names = [section.name for section in benchmark_module.plan(False)]
     assert len(set(names)) == len(names) > len(benchmark_module.plan(True)) > 0
@@ -33,7 +33,7 @@ def test_every_contestant_is_a_valid_recipe() -> None:
     learnt = reconstruction.corrected(
         reconstruction.rounded("w4a4", "nearest") + reconstruction.aligned("w4a4", "adaround")
     )
-    for contestant in (*corrected, *learnt):
+    for contestant in (*corrected, *learnt, *gates.CORRECTED, *gates.LEARNT):
         contestant.recipe()
         check_align(contestant.align)
         check_correct(contestant.correction.removesuffix(UNCLAMPED))

@@ -158,8 +158,8 @@ def test_the_samplers_corrections_are_shown_too() -> None:
     bias, scale = 0.1 * networks.normal(*plain.table.output_scale.shape), torch.rand(len(plain.table.timesteps))
     correction = Correction("none+ibc+vsc", {}, plain.table.timesteps, bias, scale)
     tables = correction_tables(plain.with_table(plain.table, correction=correction))
-    assert list(tables) == ["input bias B", "sigma' / sigma"]
-    assert torch.equal(tables["input bias B"], bias) and torch.equal(tables["sigma' / sigma"], scale)
+    assert list(tables) == ["input bias B (root mean square)", "sigma' / sigma"]
+    assert torch.equal(tables["input bias B (root mean square)"], bias) and torch.equal(tables["sigma' / sigma"], scale)
     report = dataclasses.replace(measured(plain), corrections=tables)
     assert "Corrections" in read(render(report, "corrected")).headings
 

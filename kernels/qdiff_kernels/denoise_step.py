@@ -1,4 +1,4 @@
-"""denoise_step: x' = cx x + c0 x0 + ce e' + s' z + B[c], e' = a[c] e + b[c], e = uncond + g (cond - uncond).
+"""denoise_step: x' = cx x + c0 x0 + ce e' + s' z + B, e' = a[c] e + b[c], e = uncond + g (cond - uncond).
 
 One pass over the latents does guidance, correction and the sampler's update. All scalars of a step are read from a row
 of a table on the device, so that one captured CUDA graph serves every step.
@@ -47,6 +47,8 @@ def _denoise_step_kernel(
     stride_on,
     stride_oc,
     stride_op,
+    stride_bc,
+    stride_bp,
     guidance,
     PREDICTION: tl.constexpr,
     CLIPPED: tl.constexpr,
@@ -86,7 +88,7 @@ def _denoise_step_kernel(
         z = tl.load(noise + n * stride_zn + c * stride_zc + p * stride_zp, mask=within, other=0.0).to(tl.float32)
         y += tl.load(constants + 3) * z
     if input_bias is not None:
-        y += tl.load(input_bias + c, mask=within, other=0.0)
+        y += tl.load(input_bias + c * stride_bc + p * stride_bp, mask=within, other=0.0)
     tl.store(out + n * stride_on + c * stride_oc + p * stride_op, y.to(out.dtype.element_ty), mask=within)
 
 
@@ -104,7 +106,7 @@ def denoise_step(
     b: Tensor | None = None,
     input_bias: Tensor | None = None,
 ) -> Tensor:
-    """x'[n, c, p] = cx x + c0 x0 + ce e' + s' z + B[c], e' = a[c] e + b[c], e = uncond + g (cond - uncond).
+    """x'[n, c, p] = cx x + c0 x0 + ce e' + s' z + B[c, p], e' = a[c] e + b[c], e = uncond + g (cond - uncond).
 
     Without clipping c0 is not used, and e' is the model's output whatever it predicts. With it, the output becomes the
     pair of x0 = clamp(predicted sample, +-clip) and e' = predicted noise, the latter as it was before the clamp.
@@ -117,7 +119,8 @@ def denoise_step(
         guidance: g in place of the row's.
         prediction_type: "epsilon", "v_prediction" or "sample".
         clipped: whether the scheduler clamps the predicted sample.
-        a, b, input_bias: float32 [C] corrections of the output, and B; or None.
+        a, b: float32 [C] corrections of the output, or None.
+        input_bias: float32 [C] or [C, *spatial], B, or None.
 
     Returns:
         x' of x's shape and dtype, computed in float32; channels_last if x is, else contiguous.
@@ -136,8 +139,11 @@ def denoise_step(
             check_device(name, values, x.device)
     float32 = (torch.float32,)
     check_vector("constants", constants, len(CONSTANTS), x.device, float32)
-    for name, values in (("a", a), ("b", b), ("input_bias", input_bias)):
+    by_channel = input_bias is None or input_bias.dim() == 1
+    for name, values in (("a", a), ("b", b), ("input_bias", input_bias if by_channel else None)):
         check_vector(name, values, x.shape[1], x.device, float32)
+    if input_bias is not None and not by_channel:
+        _check_map(input_bias, x)
     if prediction_type not in PREDICTIONS:
         raise ValueError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
     if guidance is not None and not isinstance(guidance, int | float):
@@ -149,8 +155,21 @@ def denoise_step(
         inputs = [None if t is None else t.reshape(n, channels, -1) for t in (x, cond, uncond, noise)]
         to = out.view(n, channels, -1)
         strides = [s for t in (*inputs, to) for s in ((0, 0, 0) if t is None else t.stride())]
+        strides += [1, 0] if by_channel else [to.shape[2], 1]  # of B
         _denoise_step_kernel[(triton.cdiv(out.numel(), BLOCK),)](
             *inputs, constants, a, b, input_bias, to, out.numel(), channels, to.shape[2], *strides,
             None if guidance is None else float(guidance), PREDICTION=prediction_type, CLIPPED=clipped, BLOCK=BLOCK,
         )  # fmt: skip
     return out
+
+
+def _check_map(input_bias: Tensor, x: Tensor) -> None:
+    """Raise unless B is a dense float32 value for each element of a sample, where x is."""
+    if input_bias.dtype != torch.float32:
+        raise TypeError(f"input_bias must be float32, got {input_bias.dtype}")
+    if input_bias.shape != x.shape[1:] or not input_bias.is_contiguous():
+        raise ValueError(
+            f"input_bias must be dense [{x.shape[1]}] or {list(x.shape[1:])}, got {list(input_bias.shape)} "
+            f"strided {input_bias.stride()}"
+        )
+    check_device("input_bias", input_bias, x.device)

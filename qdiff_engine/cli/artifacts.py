@@ -75,7 +75,8 @@ CORRECTION_SEED = 10_000  # added to --seed: corrections see other trajectories 
     "correction",
     default="none",
     show_default=True,
-    help="Quantisation noise removed at run time: none, ptqd, mmse or ner, with '+ibc' and '+vsc' appended.",
+    help="Quantisation noise removed at run time: none, ptqd, mmse or ner, with '+ibc' or '+ibc+ivc' (the latents' "
+    "bias, and their variance) and '+vsc' (the sampler's) appended.",
 )
 @count_option("--correct-samples", 256, "Trajectories that --correct measures the noise on.")
 @align_options

@@ -1,4 +1,4 @@
-"""Noise -> a corrected model: tables of a, b, B and sigma' by row, on rollouts where they depend on one another."""
+"""Noise -> a corrected model: tables of a, b, g, B and sigma' by row, on rollouts where they depend on one another."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from ..calibration.calibration import sample_shape
 from ..calibration.checkpoint import Checkpoint
 from ..evaluation import evaluating
-from ..recipe import check_correct
+from ..recipe import Corrections, check_correct
 from ..runtime.model import IntegerUNet
 from ..samplers import StepCoefficients, Stepper, coefficients, differences, prepared, sampler_key
 from ..sampling import Conditioning, Guidance, check_count, initial_noise
 from ..tables import Correction, Noise
-from .drift import input_bias
+from .drift import input_affine, input_bias
 from .measurement import SEED, calibrated_rows, check_models, moments, noise_key, progress_key
 from .moments import Moments
 from .output import KeptSums, OutputCorrection, corrected_by, identity, mmse, ner, ptqd
@@ -62,9 +62,10 @@ def correct(
 ) -> IntegerUNet:
     """``model`` with the quantisation noise corrected by ``method``: a new model over the same weights.
 
-    "ptqd" and "mmse" come from ``noise`` alone. "ner" and "+ibc" are estimated from the noisiest step down, on a float
-    and a quantised rollout from the same noise, the latter with the corrections of all earlier steps. "+vsc" reduces
-    the noise of DDPM and of DDIM with eta > 0; it is approximate where the sampler clips, and nothing with eta = 0.
+    "ptqd" and "mmse" come from ``noise`` alone. "ner", "+ibc" and "+ibc+ivc" are estimated from the noisiest step
+    down, on a float and a quantised rollout from the same noise, the latter with the corrections of all earlier steps;
+    the bias of the latents has one value per element, so it holds for their size. "+vsc" reduces the noise of DDPM and
+    of DDIM with eta > 0; it is approximate where the sampler clips, and nothing with eta = 0.
 
     Args:
         model: the quantised model; ``unet``: its float original.
@@ -85,25 +86,25 @@ def correct(
     check_models(model, unet)
     noise, steps, eta = _measured(model, noise, scheduler, guidance_scale)
     method = model.recipe.correct if method is None else method
-    output, with_bias, with_variance = check_correct(method)
+    asked = check_correct(method)
     step_rows = coefficients(prepared(scheduler, steps), eta)
-    if step_rows is None and (with_bias or with_variance):
-        raise ValueError(f"+ibc and +vsc are for DDIM and DDPM, got {type(scheduler).__name__}; use {output!r}")
+    if step_rows is None and (asked.input_bias or asked.variance):
+        raise ValueError(f"+ibc and +vsc are for DDIM and DDPM, got {type(scheduler).__name__}; use {asked.output!r}")
     guidance = Guidance(guidance_scale, unconditional, conditioning)
     samples = int(noise.key["samples"]) if samples is None else check_count("samples", samples)
-    tables = _Tables(model, noise, output, ner_weights or NerWeights(), clamp)
-    if with_variance:
+    tables = _Tables(model, noise, asked, ner_weights or NerWeights(), clamp)
+    if asked.variance:
         assert step_rows is not None
         tables.take_sampler(step_rows)
     key = noise_key(model, scheduler, steps, eta, guidance, samples, seed)
-    if output == "ner" or with_bias:
+    if asked.output == "ner" or asked.input_bias:
         progress = {**key, **progress_key(model, {}), "method": method, "plan": list(model.table.modes)}
         progress |= {"ner": dataclasses.asdict(tables.weights), "clamp": clamp, "noise": noise.key}
         checkpoint = None if cache_dir is None else Checkpoint.open(cache_dir, progress)
         start = initial_noise((samples, *sample_shape(unet, shape)), check_count("seed", seed, least=0))
         steppers = [Stepper(scheduler, steps, eta, seed, samples) for _ in range(2)]
         with evaluating(unet), model.correcting(False):
-            _roll_out(tables, model, unet, steppers, start, guidance, batch, checkpoint, on_step, with_bias)
+            _roll_out(tables, model, unet, steppers, start, guidance, batch, checkpoint, on_step)
     return tables.corrected(model, method, key | {"modes": list(model.table.modes)})
 
 
@@ -126,21 +127,23 @@ def _measured(
 
 
 class _Tables:
-    """a, b, B and s' / s of every row, as far as they are known."""
+    """a, b, g, B and s' / s of every row, as far as they are known."""
 
     def __init__(
         self,
         model: IntegerUNet,
         noise: Noise,
-        output: str,
+        asked: Corrections,
         weights: NerWeights,
         clamp: bool,
     ) -> None:
-        self.noise, self.output, self.weights = noise, output, weights
+        self.noise, self.asked, self.output, self.weights = noise, asked, asked.output, weights
         self.timesteps, self.moments = model.table.timesteps, moments(noise, model.table.modes)
-        affine = ptqd(self.moments, clamp) if output == "ptqd" else OUTPUTS.get(output, identity)(self.moments)
+        output = OUTPUTS.get(self.output, identity)
+        affine = ptqd(self.moments, clamp) if self.output == "ptqd" else output(self.moments)
         self.a, self.b, self.left = affine.a, affine.b, affine.noise_variance
-        self.input_bias = torch.zeros_like(self.a)
+        self.input_bias = list(torch.zeros_like(self.a))  # [C], or [C, *spatial] where it is corrected
+        self.latent_scale = torch.ones(len(self.a), dtype=torch.float64)
         self.sigma_scale = torch.ones(len(self.a), dtype=torch.float64)
         self.sampler: tuple[Tensor, Tensor] | None = None  # s and ce by row, where the variance is calibrated
 
@@ -169,6 +172,16 @@ class _Tables:
         self.left[row] = corrected_by(Moments(self.moments.sums[row]), self.a[row]).noise_variance
         self.calibrate_variance()
 
+    def follow(self, row: int, x: Tensor, quantized: Tensor) -> Tensor:
+        """g and B of a row from its rollouts' latents after the step, and the latter's with them."""
+        if self.asked.input_variance:
+            self.latent_scale[row], self.input_bias[row] = input_affine(x, quantized)
+        elif self.asked.input_bias:
+            self.input_bias[row] = input_bias(x, quantized)
+        else:
+            return quantized
+        return float(self.latent_scale[row]) * quantized + self.input_bias[row].float()
+
     def corrected(self, model: IntegerUNet, method: str, key: dict[str, Any]) -> IntegerUNet:
         """The model with these tables."""
         table = dataclasses.replace(model.table, output_scale=self.a.float(), output_shift=self.b.float())
@@ -176,7 +189,8 @@ class _Tables:
         correction = None
         if method != "none":
             scale = self.sigma_scale.float().clamp(0, 1)
-            correction = Correction(method, key, table.timesteps, self.input_bias.float(), scale)
+            bias, gain = torch.stack(self.input_bias).float(), self.latent_scale.float()
+            correction = Correction(method, key, table.timesteps, bias, scale, gain)
         return model.with_table(table, recipe, correction, self.noise)
 
 
@@ -190,7 +204,6 @@ def _roll_out(
     batch: int,
     checkpoint: Checkpoint | None,
     on_step: Callable[[int], None] | None,
-    with_bias: bool,
 ) -> None:
     """Both rollouts in step: each row's statistics come from latents that carry the earlier rows' corrections."""
     rows, timesteps = calibrated_rows(model, steppers[0].scheduler), steppers[0].timesteps
@@ -212,8 +225,6 @@ def _roll_out(
         a, b, scale = tables.a[row].float(), tables.b[row].float(), float(tables.sigma_scale[row])
         x = steppers[0].step(i, x, e)
         quantized = steppers[1].step(i, quantized, e_hat, a=a, b=b, sigma_scale=scale)
-        if with_bias:
-            tables.input_bias[row] = input_bias(x, quantized)
-            quantized = quantized + tables.input_bias[row].float().reshape(-1, *[1] * (x.dim() - 2))
+        quantized = tables.follow(row, x, quantized)
         if on_step is not None:
             on_step(i)

@@ -173,7 +173,14 @@ class Moments:
 
 
 def paired(e: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
-    """Both predictions as float64 [C, values], after a check that they are alike and finite."""
+    """Both predictions as float64 [C, values], after `check_pair`."""
+    check_pair(e, quantized)
+    one, other = (value.detach().double().transpose(0, 1).flatten(1) for value in (e, quantized))
+    return one, other
+
+
+def check_pair(e: Tensor, quantized: Tensor) -> None:
+    """Raise ValueError unless both are alike, [n, C, *spatial] with n >= 1, and finite."""
     if e.shape != quantized.shape or e.dim() < 2 or e.numel() == 0:
         raise ValueError(
             f"predictions must have one shape [n, C, *spatial] with n >= 1, got {list(e.shape)} and "
@@ -182,8 +189,6 @@ def paired(e: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
     for name, value in (("float", e), ("quantised", quantized)):
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"the {name} prediction holds NaN or infinity")
-    one, other = (value.detach().double().transpose(0, 1).flatten(1) for value in (e, quantized))
-    return one, other
 
 
 def _central(second: Tensor, mean: Tensor) -> Tensor:

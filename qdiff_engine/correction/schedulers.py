@@ -1,4 +1,4 @@
-"""Corrections inside diffusers pipelines: a scheduler that adds the input bias and scales the noise it draws."""
+"""Corrections inside diffusers pipelines: a scheduler that corrects its latents and scales the noise it draws."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def corrected_scheduler(
 ) -> Any:
     """A copy of ``scheduler`` for ``pipe.scheduler`` that completes the corrections of ``pipe.unet = model``.
 
-    The model itself returns the corrected prediction. For DDIM and DDPM this scheduler adds x' += B[r] after every step
-    and scales the step's noise by s'[r] / s[r]; any other sampler steps as it is. When the pipeline sets its steps, and
-    at a step whose eta is another, the corrections' key is compared: where it does not fit, all of them are off, the
-    model's too, until steps are set that fit.
+    The model itself returns the corrected prediction. For DDIM and DDPM this scheduler makes g[r] x' + B[r] of every
+    step's x' and scales the step's noise by s'[r] / s[r]; any other sampler steps as it is. When the pipeline sets its
+    steps, and at a step whose eta is another, the corrections' key is compared: where it does not fit, all of them are
+    off, the model's too, until steps are set that fit.
 
     A pipeline that rescales its guidance changes the guided prediction after the model: then correct the output only.
 
@@ -136,7 +136,7 @@ def _check_step(state: _State, arguments: dict[str, Any]) -> None:
 
 
 def _corrected_step(scheduler: Any, kind: type[Any], state: _State, arguments: dict[str, Any]) -> Any:
-    """The scheduler's own step with its noise scaled, and the input bias added."""
+    """The scheduler's own step with its noise scaled, and its result corrected."""
     correction = state.model.correction
     assert correction is not None
     row = correction.row(float(arguments["timestep"]))
@@ -156,8 +156,9 @@ def _corrected_step(scheduler: Any, kind: type[Any], state: _State, arguments: d
         result = kind.step(scheduler, **arguments)
     finally:
         state.scale = None
-    bias = correction.input_bias[row].to(sample.device, sample.dtype).reshape(-1, *[1] * (sample.dim() - 2))
+    bias, gain = correction.input_bias[row].to(sample.device, sample.dtype), float(correction.latent_scale[row])
+    bias = bias.reshape(*bias.shape, *[1] * (sample.dim() - 1 - bias.dim()))
     if isinstance(result, tuple):
-        return (result[0] + bias, *result[1:])
-    result.prev_sample = result.prev_sample + bias
+        return (gain * result[0] + bias, *result[1:])
+    result.prev_sample = gain * result.prev_sample + bias
     return result

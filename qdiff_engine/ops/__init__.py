@@ -273,7 +273,7 @@ def denoise_step(
     input_bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """x' = cx x + c0 x0 + ce e' + s' z + B[c], e' = a[c] e + b[c], e = uncond + g (cond - uncond).
+    """x' = cx x + c0 x0 + ce e' + s' z + B, e' = a[c] e + b[c], e = uncond + g (cond - uncond).
 
     With ``clipped``, x0 = clamp(predicted sample, +-clip) and e' becomes the predicted noise; without, c0 is unused.
 
@@ -283,7 +283,7 @@ def denoise_step(
         constants: float32 [8] on x's device: cx, c0, ce, s', sqrt(alpha_bar), sqrt(1 - alpha_bar), clip, g.
         guidance: g in place of the one in ``constants``.
         prediction_type: "epsilon", "v_prediction" or "sample".
-        a, b, input_bias: float32 [C].
+        a, b: float32 [C]. ``input_bias``: B, float32 [C] or [C, *spatial].
 
     Returns:
         x' of x's shape and dtype, computed in float32; channels_last if x is, else contiguous.

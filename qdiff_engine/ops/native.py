@@ -602,7 +602,10 @@ def unpack_int4(packed: Tensor, k: int) -> Tensor:
 
 
 def run_denoise_step(
-    tensors: Sequence[Tensor | None], shape: tuple[int, int, int], prediction: int, constants: Sequence[float]
+    tensors: Sequence[Tensor | None], shape: tuple[int, int, int, int], prediction: int, constants: Sequence[float]
 ) -> None:
-    """The kernel of `native_sampler`: x, cond, uncond, noise [N, C, P], a, b, B [C] and the output, all float32."""
+    """The kernel of `native_sampler`: x, cond, uncond, noise [N, C, P], a, b [C], B [C, Q] and the output, float32.
+
+    ``shape`` is (N, C, P, Q); Q is P or 1.
+    """
     _kernels().denoise_step([_address(tensor) for tensor in tensors], shape, prediction, constants)

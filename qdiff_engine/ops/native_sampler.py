@@ -29,20 +29,22 @@ def denoise_step(
     b: Tensor | None = None,
     input_bias: Tensor | None = None,
 ) -> Tensor:
-    """x' = cx x + c0 x0 + ce e' + s' z + B[c], added in the order of diffusers' schedulers; see `ops.denoise_step`."""
-    operands.check_denoise_step(x, cond, uncond, noise, constants, prediction_type, (a, b, input_bias), guidance)
+    """x' = cx x + c0 x0 + ce e' + s' z + B, added in the order of diffusers' schedulers; see `ops.denoise_step`."""
+    operands.check_denoise_step(x, cond, uncond, noise, constants, prediction_type, a, b, input_bias, guidance)
     if x.device.type != "cpu":
         raise ValueError(f"x must be on the CPU, got {x.device}")
     images = [None if t is None else t.float().contiguous() for t in (x, cond, uncond, noise)]
-    channels = [None if t is None else t.contiguous() for t in (a, b, input_bias)]
+    corrections = [None if t is None else t.contiguous() for t in (a, b, input_bias)]
     out = torch.empty(x.shape)
     values = constants.tolist()
     if guidance is not None:
         values[7] = float(guidance)
     if x.numel():
+        pixels = x.numel() // (len(x) * x.shape[1])
+        mapped = input_bias is not None and input_bias.dim() > 1
         native.run_denoise_step(
-            [*images, *channels, out],
-            (len(x), x.shape[1], x.numel() // (len(x) * x.shape[1])),
+            [*images, *corrections, out],
+            (len(x), x.shape[1], pixels, pixels if mapped else 1),
             _PREDICTIONS.index(prediction_type) if clipped else 0,
             values,
         )

@@ -301,10 +301,12 @@ def check_denoise_step(
     noise: Tensor | None,
     constants: Tensor,
     prediction_type: str,
-    per_channel: Sequence[Tensor | None],
+    a: Tensor | None,
+    b: Tensor | None,
+    input_bias: Tensor | None,
     guidance: float | None,
 ) -> None:
-    """Raise TypeError or ValueError where the operands of `denoise_step` do not fit; per_channel: a, b, input_bias."""
+    """Raise TypeError or ValueError where the operands of `denoise_step` do not fit."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
         raise ValueError("x must be floating [N, C, *spatial]")
     if cond is None:
@@ -315,8 +317,10 @@ def check_denoise_step(
         if values is not None and values.shape != x.shape:
             raise ValueError(f"{name} must be {list(x.shape)} like x, got {list(values.shape)}")
     _check_float("constants", constants, (8,))
-    for name, values in zip(("a", "b", "input_bias"), per_channel, strict=True):
+    for name, values in (("a", a), ("b", b)):
         _check_float(name, values, tuple(x.shape[1:2]))
+    mapped = input_bias is not None and input_bias.dim() > 1
+    _check_float("input_bias", input_bias, tuple(x.shape[1:]) if mapped else tuple(x.shape[1:2]))
     if prediction_type not in PREDICTIONS:
         raise ValueError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
     if guidance is not None and not isinstance(guidance, int | float):

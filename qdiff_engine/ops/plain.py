@@ -218,8 +218,8 @@ def denoise_step(
     b: Tensor | None = None,
     input_bias: Tensor | None = None,
 ) -> Tensor:
-    """x' = cx x + c0 x0 + ce e' + s' z + B[c], added in the order of diffusers' schedulers; see `ops.denoise_step`."""
-    operands.check_denoise_step(x, cond, uncond, noise, constants, prediction_type, (a, b, input_bias), guidance)
+    """x' = cx x + c0 x0 + ce e' + s' z + B, added in the order of diffusers' schedulers; see `ops.denoise_step`."""
+    operands.check_denoise_step(x, cond, uncond, noise, constants, prediction_type, a, b, input_bias, guidance)
     cx, c0, ce, sigma, signal, deviation, clip, g = constants.tolist()
     value, e = x.float(), cond.float()
     if uncond is not None:
@@ -240,7 +240,8 @@ def denoise_step(
     if ce or y is None:
         y = ce * e if y is None else y + ce * e
     y = y if noise is None else y + sigma * noise.float()
-    y = y if input_bias is None else y + input_bias.reshape(across)
+    if input_bias is not None:
+        y = y + (input_bias.reshape(across) if input_bias.dim() == 1 else input_bias)
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return y.to(x.dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
 

@@ -362,8 +362,8 @@ def denoise_step(
     b: Tensor | None = None,
     input_bias: Tensor | None = None,
 ) -> Tensor:
-    """x' = cx x + c0 x0 + ce e' + s' z + B[c], e' = a[c] e + b[c]; see `ops.denoise_step`."""
-    operands.check_denoise_step(x, cond, uncond, noise, constants, prediction_type, (a, b, input_bias), guidance)
+    """x' = cx x + c0 x0 + ce e' + s' z + B, e' = a[c] e + b[c]; see `ops.denoise_step`."""
+    operands.check_denoise_step(x, cond, uncond, noise, constants, prediction_type, a, b, input_bias, guidance)
     return _kernels("denoise_step").denoise_step(
         x, cond, uncond, noise, constants, guidance=guidance, prediction_type=prediction_type, clipped=clipped, a=a,
         b=b, input_bias=input_bias,

@@ -119,13 +119,16 @@ def simulated_layers(model: IntegerUNet, seed: int, conditioning: Conditioning) 
 
 
 def correction_tables(model: IntegerUNet) -> dict[str, Tensor]:
-    """What corrects the model, by row and title: e' = a e + b with a = 1 / (1 + k), B and s' / s; only what acts."""
+    """What corrects the model, by row and title: e' = a e + b with a = 1 / (1 + k), g, B and s' / s; only what acts."""
     a, b = model.table.output_scale, model.table.output_shift
     tables: dict[str, Tensor] = {}
     if bool((a != 1).any()) or bool((b != 0).any()):
         tables |= {"scale a": a, "k = 1 / a - 1": 1 / a - 1, "shift b": b}
     if model.correction is not None and bool((model.correction.input_bias != 0).any()):
-        tables["input bias B"] = model.correction.input_bias
+        bias = model.correction.input_bias.unflatten(1, (-1, 1)).flatten(2)  # [R, C, P]
+        tables["input bias B (root mean square)"] = bias.square().mean(-1).sqrt()
+    if model.correction is not None and bool((model.correction.latent_scale != 1).any()):
+        tables["latent scale g"] = model.correction.latent_scale
     if model.correction is not None and bool((model.correction.sigma_scale != 1).any()):
         tables["sigma' / sigma"] = model.correction.sigma_scale
     return tables

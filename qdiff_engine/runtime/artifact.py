@@ -32,6 +32,7 @@ from . import artifact_config, files
 from .artifact_config import CONFIG, GRAPH, MODEL, TABLE_FIELDS, ArtifactError, naming
 from .tensor_file import TensorSpec, read_tensors, write_tensors
 
+CORRECTION_TENSORS = ("input_bias", "sigma_scale", "latent_scale")
 FILES = frozenset({CONFIG, GRAPH, MODEL})
 
 
@@ -180,7 +181,11 @@ def _describe(artifact: Artifact) -> dict[str, Any]:
     table, correction, noise = artifact.table, artifact.correction, artifact.noise
     optional: dict[str, Any] = {}
     if correction is not None:
-        optional["correction"] = {"method": correction.method, "key": correction.key}
+        optional["correction"] = {
+            "method": correction.method,
+            "key": correction.key,
+            "size": list(correction.input_bias.shape[2:]),
+        }
     if noise is not None:
         optional["noise"] = {"modes": list(noise.modes), "key": noise.key}
     return optional | {
@@ -208,8 +213,7 @@ def _tensors(artifact: Artifact) -> dict[str, Tensor]:
     tensors = {f"table.{name}": getattr(artifact.table, name) for name in TABLE_FIELDS}
     tensors.update({f"constant.{key}": value for key, value in artifact.constants.items()})
     if artifact.correction is not None:
-        tensors["correction.input_bias"] = artifact.correction.input_bias
-        tensors["correction.sigma_scale"] = artifact.correction.sigma_scale
+        tensors |= {f"correction.{name}": getattr(artifact.correction, name) for name in CORRECTION_TENSORS}
     if artifact.noise is not None:
         tensors["noise.sums"], tensors["noise.alpha_bar"] = artifact.noise.sums, artifact.noise.alpha_bar
     for layer, parts in artifact.weights.items():
@@ -228,8 +232,10 @@ def _expected_tensors(config: dict[str, Any]) -> dict[str, TensorSpec]:
         for name, dtype in TABLE_FIELDS.items()
     }
     if "correction" in config:
-        expected["correction.input_bias"] = TensorSpec(torch.float32, (rows, channels))
-        expected["correction.sigma_scale"] = TensorSpec(torch.float32, (rows,))
+        shapes = dict.fromkeys(CORRECTION_TENSORS, (rows,)) | {
+            "input_bias": (rows, channels, *config["correction"]["size"])
+        }
+        expected |= {f"correction.{name}": TensorSpec(torch.float32, shape) for name, shape in shapes.items()}
     if "noise" in config:
         modes = len(config["noise"]["modes"])
         expected["noise.sums"] = TensorSpec(torch.float64, (modes, rows, channels, NOISE_SUMS))
@@ -263,7 +269,7 @@ def _assemble(config: dict[str, Any], graph: Graph, tensors: dict[str, Tensor]) 
         recipe=Recipe.from_dict(config["recipe"]),
         key=config["key"],
         model_config=config["model_config"],
-        correction=_assemble_correction(config, tensors),
+        correction=_assemble_correction(config, graph, tensors),
         noise=_assemble_noise(config, tensors),
         engine_version=config["engine_version"],
     )
@@ -282,11 +288,16 @@ def _assemble_table(config: dict[str, Any], tensors: dict[str, Tensor]) -> Table
         raise ArtifactError(f"{MODEL}: table.{error}" if of_tensors else f"{CONFIG}: plan: {error}") from error
 
 
-def _assemble_correction(config: dict[str, Any], tensors: dict[str, Tensor]) -> Correction | None:
+def _assemble_correction(config: dict[str, Any], graph: Graph, tensors: dict[str, Tensor]) -> Correction | None:
     if "correction" not in config:
         return None
+    size, own = config["correction"]["size"], list(graph.inputs["sample"][2:])
+    if size not in ([], own):
+        raise ArtifactError(
+            f"{CONFIG}: field 'correction'.size must be [] or {own} like the graph's sample, got {size}"
+        )
     rows = tuple(row["timestep"] for row in config["plan"])
-    parts = (tensors[f"correction.{name}"] for name in ("input_bias", "sigma_scale"))
+    parts = (tensors[f"correction.{name}"] for name in CORRECTION_TENSORS)
     with naming(f"{MODEL}: correction"):
         return Correction(config["correction"]["method"], config["correction"]["key"], rows, *parts)
 

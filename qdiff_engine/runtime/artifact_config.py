@@ -40,7 +40,7 @@ _FIELDS: dict[str, type] = {
     "constants": dict,
 }
 _OPTIONAL: dict[str, dict[str, type]] = {  # present where noise was measured, and where corrections were estimated
-    "correction": {"method": str, "key": dict},
+    "correction": {"method": str, "key": dict, "size": list},
     "noise": {"modes": list, "key": dict},
 }
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,200}")
@@ -135,6 +135,7 @@ def _check_optional(name: str, entry: Any) -> None:
     if name == "correction":
         with naming(f"{CONFIG}: field 'correction'.method"):
             check_correct(entry["method"])
+        _check_shape(entry["size"], "field 'correction'.size", range(4))
     else:
         modes = entry["modes"]
         if not modes or not all(isinstance(m, str) and m in MODES for m in modes) or len(set(modes)) < len(modes):

@@ -210,8 +210,8 @@ def products() -> Iterator[Variant]:
 
 _SIZES = dict.fromkeys(
     ("pixels", "features", "height", "width", "out_height", "out_width", "top", "left", "tiles", "channels",
-     "channels1", "channels2", "chunk_pixels", "chunks", "size", "stride_pre_add", "stride_scale", "stride_shift", "M",
-     "K", "elements"), "i32",
+     "channels1", "channels2", "chunk_pixels", "chunks", "size", "stride_pre_add", "stride_scale", "stride_shift",
+     "stride_bc", "M", "K", "elements"), "i32",
 )  # fmt: skip
 _STRIDES = {f"stride_{tensor}{axis}": "i32" for tensor in "xeuzo" for axis in "nc"}
 _VECTORS = dict.fromkeys(("weight", "bias", "pre_add", "norm_scale", "norm_shift"), "*fp16")
@@ -282,7 +282,7 @@ def others() -> Iterator[Variant]:
         yield _elementwise("layernorm-narrow", layernorm, arch, {"BLOCK_M": 8, "BLOCK_K": 512}, ("weight", "bias"))
         for prediction in ("epsilon", "v_prediction", "sample"):
             constants = {"PREDICTION": prediction, "CLIPPED": True, "BLOCK": 512}
-            constants |= {f"stride_{tensor}p": 1 for tensor in "xeuzo"}
+            constants |= {f"stride_{tensor}p": 1 for tensor in "xeuzob"}
             yield _elementwise(
                 f"denoise-{prediction}", "denoise_step:_denoise_step_kernel", arch, constants, (), "*fp16"
             )
