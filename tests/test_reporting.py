@@ -155,11 +155,14 @@ def test_a_corrected_model_is_shown_with_and_without_its_correction() -> None:
 
 def test_the_samplers_corrections_are_shown_too() -> None:
     plain = mixed_model()
-    bias, scale = 0.1 * networks.normal(*plain.table.output_scale.shape), torch.rand(len(plain.table.timesteps))
-    correction = Correction("none+ibc+vsc", {}, plain.table.timesteps, bias, scale)
+    bias = 0.1 * networks.normal(*plain.table.output_scale.shape, 4, 5)
+    scale, gain = torch.rand(2, len(plain.table.timesteps)) + 0.001
+    correction = Correction("none+ibc+ivc+vsc", {}, plain.table.timesteps, bias, scale.clamp(max=1), gain)
     tables = correction_tables(plain.with_table(plain.table, correction=correction))
-    assert list(tables) == ["input bias B (root mean square)", "sigma' / sigma"]
-    assert torch.equal(tables["input bias B (root mean square)"], bias) and torch.equal(tables["sigma' / sigma"], scale)
+    b, g, sigma = tables.values()
+    assert list(tables) == ["input bias B (root mean square)", "latent scale g", "sigma' / sigma"]
+    assert torch.allclose(b, bias.square().mean((2, 3)).sqrt())
+    assert torch.equal(g, gain) and torch.equal(sigma, scale.clamp(max=1))
     report = dataclasses.replace(measured(plain), corrections=tables)
     assert "Corrections" in read(render(report, "corrected")).headings
 
