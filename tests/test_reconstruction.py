@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ from qdiff_engine.reconstruction.adaround import SoftWeight
 from qdiff_engine.reconstruction.blocks import Block, find_blocks
 from qdiff_engine.reconstruction.branch import Branch
 from qdiff_engine.reconstruction.inputs import SegmentInputs, layer_vectors
-from qdiff_engine.reconstruction.layers import bias_shift, round_layer
+from qdiff_engine.reconstruction.layers import bias_shift, layers, round_layer, segments
 from qdiff_engine.reconstruction.learning import BlockData, BlockNetwork, learn_rounding
 from qdiff_engine.reconstruction.learning_set import learning_set
 from qdiff_engine.reconstruction.quantizers import quantize_rows
@@ -222,23 +223,24 @@ def test_choices_begin_at_the_integers_they_are_given() -> None:
         assert bool(within[near].all()) and near.float().mean() > 0.5
 
 
-def test_gptq_and_adaround_lessen_the_error_of_the_bundled_networks_layers() -> None:
-    """Against nearest rounding at 4 bits, on vectors that the layer multiplies and none of the three has seen."""
+def test_gptq_and_adaround_lessen_the_error_of_every_layer_of_the_bundled_network() -> None:
+    """Against nearest rounding of every 4-bit layer, on vectors that it multiplies and none of the three has seen."""
     calibration = networks.bundled_calibration()
-    gains = {"gptq": [], "adaround": []}
-    names = ("down_blocks.0.resnets.0.conv1", "down_blocks.1.attentions.0.to_out.0", "up_blocks.2.resnets.2.conv2")
-    for name in names:
-        weight = calibration.capture.constants[f"{name}.weight"].flatten(1)
-        x = calibration.inputs[f"{name}:0"].float()
-        x = (x - x.mean(0))[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
-        fit, held_out = x[:1536], x[1536:]
-        plain, greedy = nearest(weight, 4, fit), gptq(weight, 4, fit)
-        best = learnt(weight, fit, plain, 600, drop=0.0)
-        error = output_error(weight, plain, held_out).mean()
-        gains["gptq"].append(float(error / output_error(weight, greedy, held_out).mean()))
-        gains["adaround"].append(float(error / output_error(weight, best, held_out).mean()))
+    constants, gains = calibration.capture.constants, {"gptq": [], "adaround": []}
+    for node in (node for node in layers(calibration.capture.graph) if not node.kwargs.get("edge")):
+        errors = dict.fromkeys(("nearest", *gains), 0.0)
+        for i, part in enumerate(segments(node, constants)):
+            weight, x = part.flatten(1), calibration.inputs[f"{node.kwargs['layer']}:{i}"].float()
+            x = (x - x.mean(0))[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+            fit, held_out = x[:1536], x[1536:]
+            found = {"nearest": nearest(weight, 4, fit), "gptq": gptq(weight, 4, fit)}
+            found["adaround"] = learnt(weight, fit, found["nearest"], 200, drop=0.0)
+            for method, rounded in found.items():
+                errors[method] += float(output_error(weight, rounded, held_out).mean())
+        for method, values in gains.items():
+            values.append(errors["nearest"] / errors[method])
     for method, values in gains.items():
-        assert min(values) > 1.1 and sorted(values)[1] > 1.5, (method, values)
+        assert len(values) == 93 and min(values) > 1.0 and statistics.median(values) > 1.5, (method, sorted(values))
 
 
 def test_without_iterations_adaround_is_the_plain_path() -> None:
