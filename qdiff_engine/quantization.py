@@ -22,7 +22,7 @@ from .plans.trial import Sampler
 from .recipe import Recipe
 from .reconstruction.layers import RoundedLayer, layer_bits, round_layer, segments, with_own_biases
 from .reconstruction.layers import layers as layers
-from .reconstruction.stage import OnProgress, reconstruct, recorded_inputs
+from .reconstruction.stage import OnProgress, OnStart, ReconstructionSettings, reconstruct, recorded_inputs
 from .reconstruction.step_sizes import with_learnt
 from .rounding import nearest
 from .runtime.model import IntegerUNet
@@ -41,7 +41,9 @@ def quantize(
     on_trial: Callable[[], None] | None = None,
     on_plan: Callable[[PlanChoice], None] | None = None,
     on_progress: OnProgress | None = None,
+    on_start: OnStart | None = None,
     cache_dir: str | Path | None = None,
+    device: str | torch.device = "cpu",
 ) -> IntegerUNet:
     """The integer model of ``unet``: real int4/int8 weights and a scale and zero point per quantiser and row.
 
@@ -54,7 +56,9 @@ def quantize(
         on_trial: called after each trial of a plan that is measured; see `plans.choice.trials`.
         on_plan: called with such a plan once it is chosen.
         on_progress: called after each iteration of weights that are learnt; see `reconstruction.stage.Progress`.
+        on_start: told the peak memory that rounding by gptq or adaround is expected to take, before it starts.
         cache_dir: folder for weights in progress (gptq, adaround); an interrupted run resumes there, to the same bits.
+        device: where gptq and adaround evaluate the network and learn; the model itself begins on the CPU.
 
     Raises:
         ValueError: the unet is not the calibrated one, or the plan does not fit the rows.
@@ -67,7 +71,7 @@ def quantize(
         raise ValueError("unet is not the one that was calibrated: its parameters have another hash")
     calibration = equalised(calibration, recipe)
     captured, parameters = calibration.capture.graph, calibration.capture.constants
-    rounded, learnt = rounded_layers(calibration, recipe, cache_dir, on_layer, on_progress)
+    rounded, learnt = rounded_layers(calibration, recipe, cache_dir, on_layer, on_progress, on_start, device)
     weights = {layer: parts.weights for layer, parts in rounded.items()}
     shifts = {layer: parts.shift for layer, parts in rounded.items()}
     graph, parameters = with_own_biases(without_weights(captured), parameters, shifts)
@@ -141,6 +145,8 @@ def rounded_layers(
     cache_dir: str | Path | None = None,
     on_layer: Callable[[str], None] | None = None,
     on_progress: OnProgress | None = None,
+    on_start: OnStart | None = None,
+    device: str | torch.device = "cpu",
 ) -> tuple[dict[str, RoundedLayer], Table | None]:
     """The integer weights of every layer, and what its bias gains; the table of step sizes that were learnt, or None.
 
@@ -150,8 +156,9 @@ def rounded_layers(
         mode = f"A{recipe.activation_bits}"
         table = make_table(calibration, recipe, (mode,) * len(calibration.timesteps))
         groups = recipe.row_group() if recipe.step_sizes == "learnt" else None
-        settings = (recipe.weights, recipe.weight_bits, recipe.learn_iterations, groups)
-        found = reconstruct(calibration, table, *settings, cache_dir, on_layer, on_progress)
+        learning = (recipe.learn_iterations, groups, recipe.learn_samples)
+        settings = ReconstructionSettings(recipe.weights, recipe.weight_bits, *learning, device)
+        found = reconstruct(calibration, table, settings, cache_dir, on_layer, on_progress, on_start)
         return found.layers, None if groups is None else found.table
     rounded = {}
     for node in layers(calibration.capture.graph):

@@ -47,6 +47,7 @@ class Recipe:
         weights: how weights are rounded: "nearest" (with the scale of least output error per channel), "gptq" (each
             rounding error made good by the weights still to come) or "adaround" (learnt from there, block by block).
         learn_iterations: of each block, with "adaround"; 0 learns nothing and leaves nearest rounding.
+        learn_samples: how many inputs of the network "gptq" and "adaround" see, evenly from all rows.
         step_sizes: of activations: "observed" (by the observer) or "learnt", with "adaround", in the same blocks as the
             rounding; rows at other precisions than ``activation_bits`` keep what was observed.
         equalise: "on" divides the channels of activations by factors that the weights absorb, where a search finds that
@@ -68,6 +69,7 @@ class Recipe:
     plan: str | tuple[str, ...] = "uniform"
     weights: str = "nearest"
     learn_iterations: int = 500
+    learn_samples: int = 256
     step_sizes: str = "observed"
     observer: str = "mse"
     rows: str = "step"
@@ -91,6 +93,8 @@ class Recipe:
             self.plan_request()
         if type(self.learn_iterations) is not int or self.learn_iterations < 0:
             raise ValueError(f"learn_iterations must be a whole number of at least 0, got {self.learn_iterations!r}")
+        if type(self.learn_samples) is not int or self.learn_samples < 1:
+            raise ValueError(f"learn_samples must be a whole number of at least 1, got {self.learn_samples!r}")
         if self.step_sizes == "learnt" and self.weights != "adaround":
             raise ValueError(
                 f"step_sizes 'learnt' needs weights 'adaround', whose blocks learn them, got {self.weights!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -44,6 +45,10 @@ class QuantizedWeight:
             raise ValueError(f"values must lie in [{low}, {high}] for {self.bits}-bit weights")
         if self.values[0].numel() > numerics.MAX_K:
             raise ValueError(f"K must be at most {numerics.MAX_K}, got {self.values[0].numel()}")
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same integers on ``device``."""
+        return dataclasses.replace(self, values=self.values.to(device), scale=self.scale.to(device))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """w = scale * values in the weight's own shape."""

@@ -17,11 +17,12 @@ import qdiff_engine as qe
 from qdiff_engine.alignment.alignment import end_errors
 from qdiff_engine.alignment.gradient import accumulate_gradient, rollout
 from qdiff_engine.alignment.learnt import Learnt, Simulation
-from qdiff_engine.alignment.memory import SavedBytes, estimated, held_by
+from qdiff_engine.alignment.memory import estimated, held_by
 from qdiff_engine.alignment.path import FloatNetwork, FusedSteps, Moment, float_path, fused_step
 from qdiff_engine.alignment.path import Path as FloatPath
 from qdiff_engine.alignment.training import AlignmentSettings
 from qdiff_engine.graph.interpret import fake_quantize
+from qdiff_engine.memory import SavedBytes
 from qdiff_engine.runtime.model import IntegerUNet
 from qdiff_engine.samplers import Stepper
 from qdiff_engine.sampling import denoise

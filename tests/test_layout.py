@@ -29,7 +29,7 @@ LAYERS = (
     {
         "runtime", "calibration", "equalisation", "quantization", "correction", "evaluation", "measuring", "baselines",
         "benchmarking", "models", "pictures", "bops", "digits", "quality", "plans", "reporting", "alignment",
-        "reconstruction",
+        "reconstruction", "memory",
     },
     {"cli"},
 )  # fmt: skip

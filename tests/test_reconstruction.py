@@ -22,7 +22,7 @@ from torch import Tensor
 from qdiff_engine import numerics
 from qdiff_engine.graph.interpret import convolve, simulate
 from qdiff_engine.graph.ir import Const, Graph, Node, Ref
-from qdiff_engine.quantization import make_table, quantize
+from qdiff_engine.quantization import quantize
 from qdiff_engine.recipe import Recipe
 from qdiff_engine.reconstruction.adaround import SoftWeight
 from qdiff_engine.reconstruction.blocks import Block, find_blocks
@@ -32,7 +32,7 @@ from qdiff_engine.reconstruction.layers import bias_shift, layers, round_layer, 
 from qdiff_engine.reconstruction.learning import BlockData, BlockNetwork, learn_rounding
 from qdiff_engine.reconstruction.learning_set import learning_set
 from qdiff_engine.reconstruction.quantizers import quantize_rows
-from qdiff_engine.reconstruction.stage import reconstruct
+from qdiff_engine.reconstruction.stage import ReconstructionSettings
 from qdiff_engine.rounding import gptq, nearest
 from qdiff_engine.runtime.model import IntegerUNet
 from qdiff_engine.sampling import Guidance
@@ -287,12 +287,10 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_arguments_are_checked_first() -> None:
-    calibration = networks.calibration("unet2d")
-    table = make_table(calibration, Recipe())
     with pytest.raises(ValueError, match="method must be gptq or adaround, got 'best'"):
-        reconstruct(calibration, table, "best", 4)
+        ReconstructionSettings("best")
     with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
-        reconstruct(calibration, table, "adaround", 4)
+        ReconstructionSettings("adaround")
     with pytest.raises(ValueError, match="step_sizes 'learnt' needs weights 'adaround'.* got 'gptq'"):
         Recipe(weights="gptq", step_sizes="learnt")
     with pytest.raises(ValueError, match="learn_iterations must be a whole number of at least 0, got -1"):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor
 from ..calibration.calibration import Calibration
 from ..calibration.checkpoint import Checkpoint, fingerprint
 from ..calibration.selection import parse_selection, selected_pairs
+from ..memory import memory_errors
 from ..recipe import Recipe, check_align
 from ..runtime.model import IntegerUNet
 from ..sampling import check_count
@@ -68,7 +67,8 @@ def align(
     pairs = None if selection.kind == "every" else selected_pairs(calibration, selection, settings.seed)
     learnt = Learnt(model, device)
     simulation = Simulation(model, learnt)
-    with _memory_errors(settings.batch):
+    mend = "lower batch" if settings.batch > 1 else "batch is 1 already: use a device with more memory"
+    with memory_errors(f"align {settings.batch} samples at a time", f"{mend} (--align-batch)"):
         if on_start is not None:
             on_start(estimated(simulation, path, settings.batch))
         key = progress_key(model, calibration, settings)
@@ -150,18 +150,3 @@ def progress_key(model: IntegerUNet, calibration: Calibration, settings: Alignme
     parts |= {"scale": table.scale, "zero_point": table.zero_point, "bits": table.bits}
     quantized = fingerprint(parts)
     return {**calibration.key, "quantized": quantized, "modes": list(table.modes), "align": settings.to_dict()}
-
-
-@contextlib.contextmanager
-def _memory_errors(batch: int) -> Iterator[None]:
-    """Running out of memory becomes an error that names the setting to lower."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        ours = isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-        if not ours:
-            raise
-        mend = "lower batch" if batch > 1 else "batch is 1 already: use a device with more memory"
-        raise OSError(
-            errno.ENOMEM, f"not enough memory to align {batch} samples at a time; {mend} (--align-batch)"
-        ) from error

@@ -16,6 +16,7 @@ from .learning import (
     align_summary,
     aligned,
     learning_iterations,
+    rounding_note,
     rounding_options,
 )
 from .options import (
@@ -95,6 +96,7 @@ def calibrate(
     observer: str,
     weights: str | None,
     learn_iterations: int,
+    learn_samples: int,
     step_sizes: str,
     equalise: str,
     rows: str,
@@ -121,9 +123,8 @@ def calibrate(
     from ..runtime.summary import layer_rows
 
     changes: dict[str, Any] = {"observer": observer, "rows": rows, "edges": edges, "equalise": equalise}
-    changes |= {"learn_iterations": learn_iterations, "step_sizes": step_sizes} | (
-        {} if weights is None else {"weights": weights}
-    )
+    changes |= {"learn_iterations": learn_iterations, "learn_samples": learn_samples}
+    changes |= {"step_sizes": step_sizes} | ({} if weights is None else {"weights": weights})
     recipe = Recipe.named(recipe_name, **changes)
     check_correct(correction)
     alignment = align_settings(align, align_iterations, align_batch, align_pairs, seed)
@@ -174,7 +175,9 @@ def calibrate(
             on_trial=advance,
             on_plan=choices.append,
             on_progress=lambda learnt: advance(f"learning block {learnt.block}, loss {learnt.loss:.3f}"),
+            on_start=rounding_note(output, recipe),
             cache_dir=partial / "weights",
+            device=place,
         )
     quantized, learning = aligned(output, quantized, calibration, alignment, partial, place)
     if correction != "none":

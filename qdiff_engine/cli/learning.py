@@ -12,7 +12,7 @@ from .output import Output, megabytes
 
 
 def rounding_options(function: Function) -> Function:
-    """--weights, --learn-iterations, --step-sizes."""
+    """--weights, --learn-iterations, --learn-samples, --step-sizes."""
     for option in (
         click.option(
             "--step-sizes",
@@ -20,6 +20,9 @@ def rounding_options(function: Function) -> Function:
             default="observed",
             show_default=True,
             help="Of activations: as the observer finds them, or learnt in the same blocks with --weights adaround.",
+        ),
+        count_option(
+            "--learn-samples", 256, "Inputs that --weights gptq and adaround learn on; fewer take less memory."
         ),
         count_option("--learn-iterations", 500, "Of each block, with --weights adaround; 0 learns nothing.", least=0),
         click.option(
@@ -30,6 +33,18 @@ def rounding_options(function: Function) -> Function:
     ):
         function = option(function)
     return function
+
+
+def rounding_note(output: Output, recipe: Any) -> Any:
+    """What tells the user how much memory rounding is expected to take, from a `reconstruction.memory.Memory`."""
+
+    def started(memory: Any) -> None:
+        output.note(
+            f"rounding weights ({recipe.weights}) takes about {megabytes(memory.total)} at its peak, "
+            f"{megabytes(memory.waiting)} of it for what waits of its samples (--learn-samples)"
+        )
+
+    return started
 
 
 def learning_iterations(recipe: Any, calibration: Any) -> int:

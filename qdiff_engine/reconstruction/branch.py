@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Branch:
         table: scales and zero points of the activations, which are then fake-quantised; None leaves them floating.
         weights: {layer: one weight per K segment} that take the float ones' place; may grow while the branch advances.
         constants: may change while the branch advances, too.
+        device: where nodes are evaluated; between them, values wait in the memory of the CPU.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class Branch:
         data: LearningSet,
         table: Table | None = None,
         weights: Mapping[str, tuple[Tensor, ...]] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.weights = {} if weights is None else weights
-        self.interpreter = FloatInterpreter(constants, torch.float32)
+        self.weights, self.device = {} if weights is None else weights, torch.device(device)
+        self.interpreter = FloatInterpreter(Placed(constants, self.device), torch.float32)
         self.interpreter.weight = self._weight
         self.rows = []
         self.values: list[dict[str, Any]] = []
@@ -53,7 +55,8 @@ class Branch:
         for row, values in zip(self.rows, self.values, strict=True):
             if self.table is not None:
                 self.interpreter.activation = row_quantizer(self.table, row)
-            values[node.name] = self.interpreter.evaluate(node, values)
+            read = {name: placed(values[name], self.device) for name in node.refs()}
+            values[node.name] = placed(self.interpreter.evaluate(node, read), torch.device("cpu"))
             for name in set(node.refs()) - self.kept:
                 if self.last_use[name] == node.name:
                     del values[name]
@@ -70,4 +73,25 @@ class Branch:
 
     def _weight(self, node: Node, segment: int, weight: Tensor) -> Tensor:
         own = self.weights.get(node.kwargs["layer"])
-        return weight if own is None else own[segment]
+        return weight if own is None else own[segment].to(self.device)
+
+
+class Placed(Mapping[str, Tensor]):
+    """``constants`` that are brought to a device when they are read."""
+
+    def __init__(self, constants: Mapping[str, Tensor], device: torch.device) -> None:
+        self.constants, self.device = constants, device
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.constants[key].to(self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.constants)
+
+    def __len__(self) -> int:
+        return len(self.constants)
+
+
+def placed(value: Any, device: torch.device) -> Any:
+    """A tensor on ``device``; anything else as it is."""
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -19,11 +19,12 @@ from ..tables import Table
 from ..weights import QuantizedWeight
 from .adaround import SoftWeight, sharpness, undecided
 from .blocks import Block
+from .branch import placed
 from .layers import segments
 from .quantizers import RowQuantizer
 from .step_sizes import StepSizes
 
-_BATCH = 8  # samples per iteration
+BATCH = 8  # samples per iteration
 _RATE = 5e-2  # Adam's, of the choices; constant, for the choices are made at the end
 _SCALE_RATE, _SHIFT_RATE = 2e-3, 2e-2  # of log step sizes and of zero points; a cosine takes them to zero
 _DECISION = 1000.0  # weight of the regulariser, when the error that learning starts from counts 1
@@ -65,9 +66,18 @@ def taken(x: Tensor, samples: Tensor, each: int) -> Tensor:
 class BlockNetwork:
     """A block that can be evaluated on some of its samples, with weights and biases of the caller's choice."""
 
-    def __init__(self, block: Block, scalars: list[Node], constants: Mapping[str, Tensor], table: Table) -> None:
-        self.block, self.scalars, self.table = block, scalars, table
-        self.original, self.constants = constants, dict(constants)
+    def __init__(
+        self,
+        block: Block,
+        scalars: list[Node],
+        constants: Mapping[str, Tensor],
+        table: Table,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.block, self.scalars, self.table, self.device = block, scalars, table, torch.device(device)
+        own = {key for node in (*scalars, *block.body) for key in node.consts()}
+        self.original = {key: constants[key].to(self.device) for key in own}
+        self.constants = dict(self.original)
         self.interpreter = FloatInterpreter(self.constants, torch.float32)
         self.steps: StepSizes | None = None
 
@@ -83,7 +93,7 @@ class BlockNetwork:
         self.interpreter.activation = RowQuantizer(self.table, rows, drop, self.steps)
         self.interpreter.weight = lambda node, segment, _: weights[node.kwargs["layer"]][segment]
         self.interpreter.layer_input = observe or (lambda node, segment, x: None)
-        values = dict(entries)
+        values = {name: placed(value, self.device) for name, value in entries.items()}
         for node in (*self.scalars, *self.block.body):
             if node.name not in values:
                 values[node.name] = self.interpreter.evaluate(node, values)
@@ -114,9 +124,10 @@ def learn_rounding(
     """
     parts = {node.kwargs["layer"]: segments(node, network.constants) for node in network.block.layers}
     soft = {
-        layer: tuple(SoftWeight.of(part, w) for part, w in zip(parts[layer], start[layer], strict=True))
-        for layer in parts
+        layer: tuple(SoftWeight.of(part, w.to(network.device)) for part, w in zip(own, start[layer], strict=True))
+        for layer, own in parts.items()
     }
+    means = {layer: tuple(mean.to(network.device) for mean in own) for layer, own in means.items()}
     choices = [weight.choice for weights in soft.values() for weight in weights]
     count = sum(choice.numel() for choice in choices)
     unit = reference_error(network, start, means, data)
@@ -131,8 +142,10 @@ def learn_rounding(
             }
             shift_biases(network, parts, relaxed, means)
             entries = mixed(data, picked, drop, generator)
-            output = network.evaluate(entries, data.rows[picked], relaxed, (drop, generator))
-            error = (output - taken(data.target, picked, len(data.target) // len(data.rows))).square().mean() / unit
+            with mixed_precision(network.device):
+                output = network.evaluate(entries, data.rows[picked], relaxed, (drop, generator))
+            target = taken(data.target, picked, len(data.target) // len(data.rows)).to(network.device)
+            error = (output.float() - target).square().mean() / unit
             b = sharpness(iteration, iterations)
             loss = error
             if b is not None:
@@ -149,7 +162,12 @@ def learn_rounding(
                 network.steps.keep_representable()
             if on_iteration is not None:
                 on_iteration(float(error.detach()))
-    return {layer: tuple(weight.rounded() for weight in weights) for layer, weights in soft.items()}
+    return {layer: tuple(weight.rounded().to("cpu") for weight in weights) for layer, weights in soft.items()}
+
+
+def mixed_precision(device: torch.device) -> Any:
+    """Products in bfloat16 on a GPU; quantisers, losses and what is learnt stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def _step_parameters(steps: StepSizes | None) -> list[dict[str, Any]]:
@@ -181,15 +199,15 @@ def reference_error(
     network: BlockNetwork, start: Mapping[str, tuple[QuantizedWeight, ...]], means: Means, data: BlockData
 ) -> Tensor:
     """Mean squared error of the block's output with the integers of ``start``."""
-    weights = {layer: tuple(w.dequantize() for w in own) for layer, own in start.items()}
+    weights = {layer: tuple(w.dequantize().to(network.device) for w in own) for layer, own in start.items()}
     parts = {node.kwargs["layer"]: segments(node, network.constants) for node in network.block.layers}
     shift_biases(network, parts, weights, means)
     total = torch.zeros((), dtype=torch.float64)
     each = len(data.target) // len(data.rows)
     for picked in torch.arange(len(data.rows)).split(_CHECK):
         output = network.evaluate(data.at(data.quantized, picked), data.rows[picked], weights)
-        total += (output - taken(data.target, picked, each)).double().square().sum()
-    return (total / data.target.numel()).float().clamp(min=torch.finfo(torch.float32).tiny)
+        total += (output.cpu() - taken(data.target, picked, each)).double().square().sum()
+    return (total / data.target.numel()).float().clamp(min=torch.finfo(torch.float32).tiny).to(network.device)
 
 
 def mixed(data: BlockData, samples: Tensor, drop: float, generator: torch.Generator) -> dict[str, Any]:
@@ -206,4 +224,4 @@ def batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Endless random batches; every sample comes once before any comes again."""
     while True:
         order = torch.randperm(count, generator=generator)
-        yield from order.split(_BATCH) if count <= _BATCH else order[: count - count % _BATCH].split(_BATCH)
+        yield from order.split(BATCH) if count <= BATCH else order[: count - count % BATCH].split(BATCH)

@@ -33,11 +33,12 @@ class RowQuantizer:
         bits = self.table.bits[self.rows, self.sites[site]]
         if bool((bits == 16).all()):
             return x
-        quantized = quantize_rows(x, *self._affine(site), bits)
+        quantized = quantize_rows(x, *(t.to(x.device) for t in (*self._affine(site), bits)))
         if self.drop is None:
             return quantized
         probability, generator = self.drop
-        return torch.where(torch.rand(x.shape, generator=generator) < probability, x, quantized)
+        floating = torch.rand(x.shape, generator=generator) < probability
+        return torch.where(floating.to(x.device), x, quantized)
 
     def _affine(self, site: str) -> tuple[Tensor, Tensor]:
         if self.steps is not None and site in self.steps.sites:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..calibration.calibration import Calibration
 from ..calibration.checkpoint import Checkpoint, fingerprint
 from ..graph.ir import Graph, Node
+from ..memory import memory_errors
 from ..rounding import gptq
 from ..tables import Table
 from ..weights import QuantizedWeight
@@ -23,9 +25,9 @@ from .inputs import SegmentInputs, layer_vectors
 from .layers import LAYERS, RoundedLayer, bias_shift, layer_bits, layers, round_layer, segments, with_own_biases
 from .learning import BlockData, BlockNetwork, Means, learn_rounding
 from .learning_set import LearningSet, learning_set
+from .memory import Memory, estimated, waiting_bytes
 from .step_sizes import StepSizes, learnt_table
 
-_SAMPLES = 256  # of the learning set, fewer where they would not fit
 _MEMORY = 2 << 30  # bytes of the values that wait for a later node, in both branches
 
 
@@ -41,6 +43,7 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+OnStart = Callable[[Memory], None]
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,58 @@ class Reconstruction:
     table: Table
 
 
+@dataclass(frozen=True)
+class ReconstructionSettings:
+    """How weights are rounded.
+
+    Args:
+        method: "gptq" or "adaround".
+        weight_bits: of all layers but the first and the last.
+        iterations: of each block, for AdaRound.
+        step_groups: with AdaRound, learn the activations' step sizes and zero points, too, one for so many
+            neighbouring rows (0: for all); None leaves the table as it is.
+        samples: of the learning set; fewer where their values would take more than 2 GiB between two nodes.
+        device: where the network is evaluated and the rounding learnt, products in bfloat16 on a GPU; what waits for a
+            later node is in the memory of the CPU.
+
+    Raises:
+        ValueError: another method, less than one iteration of AdaRound, no samples.
+    """
+
+    method: str
+    weight_bits: int = 4
+    iterations: int = 0
+    step_groups: int | None = None
+    samples: int = 256
+    device: str | torch.device = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.method not in ("gptq", "adaround"):
+            raise ValueError(f"method must be gptq or adaround, got {self.method!r}")
+        if self.learns and self.iterations < 1:
+            raise ValueError(f"iterations must be at least 1, got {self.iterations}; none is nearest rounding")
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, got {self.samples}")
+
+    @property
+    def learns(self) -> bool:
+        """Whether rounding follows a gradient."""
+        return self.method == "adaround"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**dataclasses.asdict(self), "device": str(self.device)}
+
+
 @torch.no_grad()
 def reconstruct(
     calibration: Calibration,
     table: Table,
-    method: str,
-    weight_bits: int,
-    iterations: int = 0,
-    step_groups: int | None = None,
+    settings: ReconstructionSettings,
     cache_dir: str | Path | None = None,
     on_layer: Callable[[str], None] | None = None,
     on_progress: OnProgress | None = None,
+    on_start: OnStart | None = None,
 ) -> Reconstruction:
     """Round layer after layer (``gptq``), or learn block after block from there (``adaround``).
 
@@ -71,47 +115,53 @@ def reconstruct(
 
     Args:
         table: the activations' scales and zero points, as they will be deployed.
-        method: "gptq" or "adaround"; ``iterations``: of each block, for the latter.
-        weight_bits: of all layers but the first and the last.
-        step_groups: with AdaRound, learn the activations' step sizes and zero points, too, one for so many
-            neighbouring rows (0: for all); None leaves the table as it is.
         cache_dir: folder for work in progress; an interrupted run with the same arguments resumes there.
         on_layer: called with each layer's name once it is rounded; ``on_progress``: after every iteration.
+        on_start: told the peak memory that this is expected to take, before it starts.
 
     Returns:
-        The same arguments give the same bit for bit, resumed or not.
+        On the CPU the same arguments give the same bit for bit, resumed or not.
 
     Raises:
-        ValueError: another method, less than one iteration of AdaRound, or a weight that is not finite.
+        ValueError: a weight that is not finite.
+        OSError: not enough memory; the message names the setting to lower.
     """
-    if method not in ("gptq", "adaround"):
-        raise ValueError(f"method must be gptq or adaround, got {method!r}")
-    if method == "adaround" and iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}; none is nearest rounding")
     capture = calibration.capture
     sizes = {n.kwargs["layer"]: len(capture.constants[n.kwargs["weight"].key]) for n in layers(capture.graph)}
     graph, constants = with_own_biases(
         capture.graph, capture.constants, {layer: torch.zeros(size) for layer, size in sizes.items()}
     )
-    data = learning_set(calibration, samples_that_fit(graph))
+    data = learning_set(calibration, min(settings.samples, max(1, _MEMORY // (2 * max(waiting_bytes(graph), 1)))))
     checkpoint = None
     if cache_dir is not None:
-        key = {"method": method, "bits": weight_bits, "iterations": iterations, "samples": len(data)}
-        key |= {"step_groups": step_groups}
         statistics = {"scale": table.scale, "zero_point": table.zero_point, "bits": table.bits, **data.inputs}
-        checkpoint = Checkpoint.open(cache_dir, {**calibration.key, **key, "data": fingerprint(statistics)})
-    stage = _Stage(calibration, graph, constants, data, table, method, weight_bits, iterations, step_groups)
-    blocks = find_blocks(graph)
+        key = {**calibration.key, "reconstruction": settings.to_dict(), "data": fingerprint(statistics)}
+        checkpoint = Checkpoint.open(cache_dir, key)
+    stage, blocks = _Stage(calibration, graph, constants, data, table, settings), find_blocks(graph)
+    if on_start is not None:
+        on_start(estimated(graph, constants, blocks, table, len(data), settings.learns))
+    with memory_errors(f"round weights with {len(data)} samples", "lower learn_samples (--learn-samples)"):
+        _run(stage, blocks, checkpoint, on_layer, on_progress)
+    return Reconstruction(stage.rounded, stage.table)
+
+
+def _run(
+    stage: _Stage,
+    blocks: list[Block],
+    checkpoint: Checkpoint | None,
+    on_layer: Callable[[str], None] | None,
+    on_progress: OnProgress | None,
+) -> None:
+    """Every block, or what an earlier run found for it."""
     for index, block in enumerate(blocks):
         known = checkpoint.load(index) if checkpoint is not None and block.layers else None
-        begun = _reporter(index, len(blocks), iterations, on_progress)
-        tensors = stage.finish(block, known, begun)
+        report = _reporter(index, len(blocks), stage.settings.iterations, on_progress)
+        tensors = stage.finish(block, known, report)
         if checkpoint is not None and known is None and tensors:
             checkpoint.save(index, tensors)
         for node in block.layers:
             if on_layer is not None:
                 on_layer(node.kwargs["layer"])
-    return Reconstruction(stage.rounded, stage.table)
 
 
 def _reporter(block: int, blocks: int, iterations: int, on_progress: OnProgress | None) -> Callable[[float], None]:
@@ -126,23 +176,6 @@ def _reporter(block: int, blocks: int, iterations: int, on_progress: OnProgress 
     return report
 
 
-def samples_that_fit(graph: Graph) -> int:
-    """How many samples may wait in both branches at the graph's fullest point, at most 256."""
-    last = {name: i for i, node in enumerate(graph.nodes) for name in node.refs()}
-    size = {node.name: 4 * torch.Size(per_sample(node.shape)).numel() for node in graph.nodes}
-    alive = most = 0
-    for i, node in enumerate(graph.nodes):
-        alive += size[node.name]
-        most = max(most, alive)
-        alive -= sum(size.get(name, 0) for name in set(node.refs()) if last[name] == i)
-    return max(1, min(_SAMPLES, _MEMORY // (2 * max(most, 1))))
-
-
-def per_sample(shape: tuple[Any, ...]) -> tuple[int, ...]:
-    """A value's sizes in a batch of one."""
-    return tuple(d if isinstance(d, int) else int(d[:-1] or 1) for d in shape)
-
-
 class _Stage:
     """The branches, and what is rounded so far."""
 
@@ -153,18 +186,15 @@ class _Stage:
         constants: dict[str, Tensor],
         data: LearningSet,
         table: Table,
-        method: str,
-        weight_bits: int,
-        iterations: int,
-        step_groups: int | None,
+        settings: ReconstructionSettings,
     ) -> None:
         self.calibration, self.graph, self.constants = calibration, graph, constants
-        self.data, self.table, self.weight_bits, self.iterations = data, table, weight_bits, iterations
-        self.step_groups, self.float_constants = step_groups, dict(constants)
+        self.data, self.table, self.settings = data, table, settings
+        self.float_constants = dict(constants)
         self.weights: dict[str, tuple[Tensor, ...]] = {}
         self.rounded: dict[str, RoundedLayer] = {}
-        self.quantized = Branch(graph, constants, data, table, self.weights)
-        self.floating = Branch(graph, self.float_constants, data) if method == "adaround" else None
+        self.quantized = Branch(graph, constants, data, table, self.weights, settings.device)
+        self.floating = Branch(graph, self.float_constants, data, device=settings.device) if settings.learns else None
 
     def finish(
         self, block: Block, known: Mapping[str, Tensor] | None, report: Callable[[float], None]
@@ -190,7 +220,7 @@ class _Stage:
         return tensors
 
     def _known(self, node: Node, known: Mapping[str, Tensor]) -> RoundedLayer:
-        bits = layer_bits(node, self.weight_bits)
+        bits = layer_bits(node, self.settings.weight_bits)
         return RoundedLayer.from_tensors(known, node.kwargs["layer"], len(node.args), bits)
 
     def _round(self, node: Node, learnt: tuple[QuantizedWeight, ...] | None) -> RoundedLayer:
@@ -198,7 +228,7 @@ class _Stage:
         parts, inputs = segments(node, self.constants), self._inputs(self.quantized, node, covariance=learnt is None)
         if learnt is not None:
             return RoundedLayer(learnt, bias_shift(parts, learnt, inputs))
-        return round_layer(parts, layer_bits(node, self.weight_bits), inputs, gptq)
+        return round_layer(parts, layer_bits(node, self.settings.weight_bits), inputs, gptq)
 
     def _use(self, node: Node, layer: RoundedLayer) -> None:
         """From here on the quantised branch has these weights and this bias."""
@@ -222,7 +252,9 @@ class _Stage:
         for node in block.nodes:
             if node.op in LAYERS:
                 name, inputs = node.kwargs["layer"], self._inputs(fork, node, covariance=True)
-                layer = round_layer(segments(node, self.constants), layer_bits(node, self.weight_bits), inputs, gptq)
+                layer = round_layer(
+                    segments(node, self.constants), layer_bits(node, self.settings.weight_bits), inputs, gptq
+                )
                 self._use(node, layer)
                 start[name] = layer.weights
                 if layer.shift is not None:
@@ -250,11 +282,11 @@ class _Stage:
         quantized["sample"] = floating["sample"] = self.data.inputs["sample"]
         batched = {name: each for name in quantized if (each := self._each(name))}
         data = BlockData(quantized, floating, batched, target, self.data.rows)
-        network = BlockNetwork(block, scalars, self.float_constants, self.table)
+        network = BlockNetwork(block, scalars, self.float_constants, self.table, self.settings.device)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.calibration.key['seed']} {block.exit}".encode()))
-        if self.step_groups is not None:
-            network.steps = StepSizes(self.table, block.body, self.step_groups)
-        weights = learn_rounding(network, start, means, data, self.iterations, generator, on_iteration=report)
+        if self.settings.step_groups is not None:
+            network.steps = StepSizes(self.table, block.body, self.settings.step_groups)
+        weights = learn_rounding(network, start, means, data, self.settings.iterations, generator, on_iteration=report)
         return weights, {} if network.steps is None else network.steps.tensors()
 
     def _each(self, name: str) -> int:

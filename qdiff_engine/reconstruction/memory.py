@@ -1,0 +1,111 @@
+"""How much memory reconstruction takes, told before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..graph.ir import Graph, Node
+from ..memory import SavedBytes
+from ..tables import Table
+from .blocks import Block
+from .layers import segments
+from .learning import BATCH, BlockNetwork
+
+_FLOAT = 4  # bytes
+_PER_WEIGHT = 10 * _FLOAT  # floor, choice, its gradient and Adam's two moments, h(v) and the relaxed weight twice
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that reconstruction is expected to hold at its peak.
+
+    Args:
+        waiting: what later nodes still read of every sample, in the quantised branch and the float one.
+        entries: what the block with the largest ones receives and answers, over all samples.
+        learning: the choices of the largest block's weights, and what a batch keeps for its backward pass.
+    """
+
+    waiting: int
+    entries: int
+    learning: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.waiting + self.entries + self.learning
+
+
+def waiting_bytes(graph: Graph) -> int:
+    """Of one sample, in one branch, at the graph's fullest point."""
+    last = {name: i for i, node in enumerate(graph.nodes) for name in node.refs()}
+    size = {node.name: _FLOAT * torch.Size(per_sample(node.shape)).numel() for node in graph.nodes}
+    alive = most = 0
+    for i, node in enumerate(graph.nodes):
+        alive += size[node.name]
+        most = max(most, alive)
+        alive -= sum(size.get(name, 0) for name in set(node.refs()) if last[name] == i)
+    return most
+
+
+def per_sample(shape: Sequence[object], samples: int = 1) -> tuple[int, ...]:
+    """A value's sizes in a batch of ``samples``."""
+    return tuple(d if isinstance(d, int) else samples * int(str(d)[:-1] or 1) for d in shape)
+
+
+def estimated(
+    graph: Graph, constants: Mapping[str, Tensor], blocks: Sequence[Block], table: Table, samples: int, learns: bool
+) -> Memory:
+    """The memory of reconstruction on ``samples``; ``learns``: with AdaRound, else with GPTQ."""
+    branches = 2 if learns else 1
+    waiting = branches * samples * waiting_bytes(graph)
+    found = [block for block in blocks if block.layers] if learns else []
+    shapes = {**graph.inputs, **{node.name: node.shape for node in graph.nodes}}
+    entries = [
+        samples * _FLOAT * (2 * sum(_numel(shapes[name]) for name in block.entries) + _numel(shapes[block.exit]))
+        for block in found
+    ]
+    scalars = [node for node in graph.nodes if node.op.startswith("sym_")]
+    learning = [_learning_bytes(block, scalars, shapes, constants, table) for block in found]
+    return Memory(waiting, max(entries, default=0), max(learning, default=0))
+
+
+def _numel(shape: Sequence[object]) -> int:
+    return torch.Size(per_sample(shape)).numel()
+
+
+def _learning_bytes(
+    block: Block,
+    scalars: list[Node],
+    shapes: Mapping[str, Sequence[object]],
+    constants: Mapping[str, Tensor],
+    table: Table,
+) -> int:
+    """What a block's weights and a batch's backward pass take: the latter from a call with one sample and with two."""
+    network = BlockNetwork(block, scalars, constants, table)
+    parts = {node.kwargs["layer"]: segments(node, network.constants) for node in block.layers}
+    own = {node.name for node in scalars}
+    one, two = (
+        _saved_bytes(network, parts, {name: shapes[name] for name in (*block.entries, "sample") if name not in own}, n)
+        for n in (1, 2)
+    )
+    weights = sum(part.numel() for layer in parts.values() for part in layer)
+    return _PER_WEIGHT * weights + one + max(two - one, 0) * (BATCH - 1)
+
+
+def _saved_bytes(
+    network: BlockNetwork,
+    parts: Mapping[str, tuple[Tensor, ...]],
+    entries: Mapping[str, Sequence[object]],
+    samples: int,
+) -> int:
+    values = {name: torch.zeros(per_sample(shape, samples)) for name, shape in entries.items()}
+    learnt = {layer: tuple(part.detach().requires_grad_() for part in own) for layer, own in parts.items()}
+    held = [*network.constants.values(), *values.values(), *(part for own in learnt.values() for part in own)]
+    with torch.enable_grad(), SavedBytes(held).counting() as saved:
+        output = network.evaluate(values, torch.zeros(samples, dtype=torch.int64), learnt)
+    del output
+    return saved.peak
