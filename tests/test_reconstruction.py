@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import os
 import signal
@@ -22,8 +23,9 @@ from torch import Tensor
 from qdiff_engine import numerics
 from qdiff_engine.graph.interpret import convolve, simulate
 from qdiff_engine.graph.ir import Const, Graph, Node, Ref
-from qdiff_engine.quantization import quantize
+from qdiff_engine.quantization import make_table, quantize
 from qdiff_engine.recipe import Recipe
+from qdiff_engine.reconstruction import stage
 from qdiff_engine.reconstruction.adaround import SoftWeight
 from qdiff_engine.reconstruction.blocks import Block, find_blocks
 from qdiff_engine.reconstruction.branch import Branch
@@ -31,8 +33,9 @@ from qdiff_engine.reconstruction.inputs import SegmentInputs, layer_vectors
 from qdiff_engine.reconstruction.layers import bias_shift, layers, round_layer, segments
 from qdiff_engine.reconstruction.learning import BlockData, BlockNetwork, learn_rounding
 from qdiff_engine.reconstruction.learning_set import learning_set
+from qdiff_engine.reconstruction.memory import Memory, estimated, waiting_bytes
 from qdiff_engine.reconstruction.quantizers import quantize_rows
-from qdiff_engine.reconstruction.stage import ReconstructionSettings
+from qdiff_engine.reconstruction.stage import ReconstructionSettings, reconstruct
 from qdiff_engine.rounding import gptq, nearest
 from qdiff_engine.runtime.model import IntegerUNet
 from qdiff_engine.sampling import Guidance
@@ -255,7 +258,7 @@ def test_the_same_seed_learns_the_same_bits() -> None:
 
 _KILLED = """
 import os, signal, sys, networks
-from qdiff_engine.quantization import quantize
+from qdiff_engine.quantization import make_table, quantize
 from qdiff_engine.recipe import Recipe
 blocks = []
 def stop(progress):
@@ -286,11 +289,50 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert same(resumed, quantised(weights="adaround", learn_iterations=3, step_sizes="learnt"))
 
 
+@pytest.mark.parametrize("name", ["unet2d", "sd"])
+def test_memory_is_told_before_it_is_taken(name: str) -> None:
+    """What waits, against the values that a branch really holds; what backward keeps grows with the batch alone."""
+    calibration = networks.calibration(name)
+    graph, constants = calibration.capture.graph, calibration.capture.constants
+    data, table = learning_set(calibration, 4), make_table(calibration, Recipe())
+    branch, most = Branch(graph, constants, data, table), 0
+    for node in graph.nodes:
+        branch.advance(node)
+        held = [v for values in branch.values for key, v in values.items() if key not in graph.inputs]
+        most = max(most, sum(4 * v.numel() for v in held if isinstance(v, Tensor)))
+    expected = len(data) * waiting_bytes(graph)
+    assert most <= expected < 1.5 * most
+    told: list[Memory] = []
+    settings = ReconstructionSettings("adaround", iterations=1, samples=4)
+    reconstruct(calibration, table, settings, on_start=told.append)
+    (memory,) = told
+    assert memory.waiting == 2 * expected and memory.total == memory.waiting + memory.entries + memory.learning
+    greedy = estimated(graph, constants, find_blocks(graph), table, len(data), learns=False)
+    assert greedy.waiting == expected and greedy.learning == greedy.entries == 0
+
+
+def test_running_out_of_memory_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise MemoryError
+
+    calibration = networks.calibration("unet2d")
+    monkeypatch.setattr(stage, "round_layer", fails)
+    with pytest.raises(
+        OSError, match="not enough memory to round weights with 4 samples; lower learn_samples"
+    ) as found:
+        reconstruct(calibration, make_table(calibration, Recipe()), ReconstructionSettings("gptq", samples=4))
+    assert found.value.errno == errno.ENOMEM
+
+
 def test_arguments_are_checked_first() -> None:
     with pytest.raises(ValueError, match="method must be gptq or adaround, got 'best'"):
         ReconstructionSettings("best")
     with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
         ReconstructionSettings("adaround")
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+        ReconstructionSettings("gptq", samples=0)
+    with pytest.raises(ValueError, match="learn_samples must be a whole number of at least 1, got 0"):
+        Recipe(learn_samples=0)
     with pytest.raises(ValueError, match="step_sizes 'learnt' needs weights 'adaround'.* got 'gptq'"):
         Recipe(weights="gptq", step_sizes="learnt")
     with pytest.raises(ValueError, match="learn_iterations must be a whole number of at least 0, got -1"):
