@@ -26,7 +26,7 @@ from qdiff_engine.models import ddim, demo_model
 from qdiff_engine.quantization import equalised
 
 UNCLAMPED = " (k < 0 too)"  # after "ptqd": k may be negative
-BEST = "ner+ibc+ivc"  # the corrections that gain most on the bundled network
+BEST = "mmse+ibc+ivc"  # the corrections that gain most on the bundled network
 _BATCH = 32
 _CACHE = Path(tempfile.gettempdir()) / "qdiff-benchmarks-float"  # trajectories of the float network
 
@@ -41,6 +41,12 @@ class Contestant:
     equalise: str = "off"
     align: str = "none"
     step_sizes: str = "observed"
+    pairs: str = "every"  # that alignment learns on
+
+    def __str__(self) -> str:
+        """The fields that are not the defaults."""
+        fields = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
+        return ", ".join(str(value) for value, default in fields.values() if value != default)
 
     def recipe(self) -> qe.Recipe:
         """Without alignment, which is a step of its own here, and without correction."""
@@ -113,7 +119,8 @@ class Setting:
         model = self.model(before)
         if contestant.correction == "none":
             group = int(contestant.align.partition(":")[2])
-            settings = AlignmentSettings(group=group, **({"iterations": 2} if self.quick else {}))
+            fewer = {"iterations": 2} if self.quick else {}
+            settings = AlignmentSettings(group=group, pairs=contestant.pairs, **fewer)
             return qe.align(model, self.prepared(contestant.recipe()), settings)
         method, clamp = contestant.correction.removesuffix(UNCLAMPED), not contestant.correction.endswith(UNCLAMPED)
         return qe.correct(model, self.unet, self.scheduler, self.noise(before)[0], method, clamp=clamp, batch=_BATCH)
@@ -142,6 +149,7 @@ class Setting:
                     "correction": contestant.correction,
                     "step_sizes": contestant.step_sizes,
                     "alignment": contestant.align,
+                    "pairs": contestant.pairs,
                     "seed": seed,
                     "latent_errors": [round(error, 5) for error in result.latent_error],
                     "class_accuracy": result.perception.class_accuracy,

@@ -15,11 +15,12 @@ from benchmarks.fidelity import BEST, Contestant, Setting
 
 RESULTS = "quality-reconstruction-mnist32.json"
 COLUMNS = (
-    "section", "weights", "activations", "rounding", "equalise", "alignment", "correction", "seed", "psnr_db",
-    "latent_error", "frechet_to_float", "class_accuracy", "calibration_seconds",
+    "section", "weights", "activations", "rounding", "equalise", "step_sizes", "alignment", "pairs", "correction",
+    "psnr_db", "latent_error", "frechet_to_float", "class_accuracy", "calibration_seconds",
 )  # fmt: skip
 PRECISIONS = ("w4a8", "w4a4")
 GROUPS = (1, 2, 5, 10)
+PAIRS = ("every", "uniform:160", "gaussian:160", "density:160")  # of 1,280 (x_t, t); every costs the same to learn on
 SEED = 1  # of the images; calibration draws from seed 0
 
 
@@ -52,8 +53,10 @@ def plan(quick: bool) -> list[sections.Section]:
         )
         found.append(section(f"{precision} aligned", corrected(aligned(precision, "gptq"))))
     for precision in PRECISIONS:
-        learnt = rounded(precision, "adaround")[:1] + aligned(precision, "adaround")
-        found.append(section(f"{precision} learnt", corrected(learnt)))
+        learnt = [Contestant(precision, weights="adaround", step_sizes=steps) for steps in ("observed", "learnt")]
+        found.append(section(f"{precision} learnt", corrected(learnt + aligned(precision, "adaround"))))
+    chosen = [Contestant("w4a4", weights="gptq", align="accuquant:5", pairs=pairs) for pairs in PAIRS]
+    found.append(section("w4a4 calibration sets", chosen))
     return found[:2] if quick else found
 
 

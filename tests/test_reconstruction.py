@@ -258,7 +258,7 @@ def test_the_same_seed_learns_the_same_bits() -> None:
 
 _KILLED = """
 import os, signal, sys, networks
-from qdiff_engine.quantization import make_table, quantize
+from qdiff_engine.quantization import quantize
 from qdiff_engine.recipe import Recipe
 blocks = []
 def stop(progress):

@@ -1,0 +1,45 @@
+"""The picture of latent errors, from a result file made up here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from benchmarks import latent_errors, results_file
+
+MACHINE = {"cpu": "made up", "torch": "0", "triton": "0", "date": "never", "commit": None}
+
+
+def row(**given: Any) -> dict[str, Any]:
+    plain = {"weights": "int4", "activations": "a4", "eta": 0.0, "rounding": "gptq", "latent_errors": [0.1, 0.2]}
+    return {
+        **dict.fromkeys(results_file.KEYS["quality"], 1),
+        "correction": "none",
+        "alignment": "none",
+        **plain,
+        **given,
+    }
+
+
+def test_what_is_special_about_a_row() -> None:
+    assert latent_errors.label(row()) == "gptq"
+    special = row(rounding="adaround", equalise="on", step_sizes="learnt", alignment="accuquant:5", correction="mmse")
+    assert latent_errors.label(special) == "adaround, equalised, learnt steps, accuquant:5, mmse"
+
+
+def test_a_panel_for_every_precision_and_eta(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row(), row(correction="mmse"), row(activations="a8"), row(eta=1.0), row(latent_errors=None)]
+    found = latent_errors.panels(rows)
+    assert {name: len(own) for name, own in found.items()} == {"W4A4, eta 0": 2, "W4A8, eta 0": 1, "W4A4, eta 1": 1}
+    path, picture = tmp_path / "quality.json", tmp_path / "pictures" / "errors.png"
+    path.write_text(json.dumps({"machine": MACHINE, "rows": rows}))
+    assert latent_errors.main([str(path), "--out", str(picture)]) == 0
+    assert Image.open(picture).size == (3 * 880, 660)
+    path.write_text(json.dumps({"machine": MACHINE, "rows": [row(latent_errors=None)]}))
+    assert latent_errors.main([str(path), "--out", str(picture)]) == 1
+    assert "no row has latent_errors" in capsys.readouterr().err
+    assert latent_errors.main([str(tmp_path / "none.json"), "--out", str(picture)]) == 1
