@@ -29,11 +29,13 @@ LEARNT = [
 def plan(quick: bool) -> list[sections.Section]:
     """Corrections of the default recipes, then learning against nearest rounding, seed by seed."""
     setting = functools.cache(lambda: Setting(0.0, quick))
-    found = []
-    for name, contestants in (("corrections", CORRECTED), ("learning", LEARNT)):
-        for seed in SEEDS:
-            measure = functools.partial(lambda c, s: setting().rows(c, 2 if quick else 2048, s), contestants, seed)
-            found.append(sections.Section(f"{name} seed {seed}", measure, seconds=1500))
+
+    def section(name: str, contestants: list[Contestant], seed: int) -> sections.Section:
+        images = 2 if quick else 2048
+        return sections.Section(f"{name} seed {seed}", lambda: setting().rows(contestants, images, seed), seconds=1500)
+
+    groups = {"corrections": CORRECTED, "learning": LEARNT}
+    found = [section(name, contestants, seed) for name, contestants in groups.items() for seed in SEEDS]
     return found[:1] if quick else found
 
 

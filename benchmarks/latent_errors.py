@@ -14,12 +14,19 @@ from typing import Any
 
 from benchmarks import results_file
 
-_LABEL = ("rounding", "equalise", "step_sizes", "alignment", "pairs", "correction")
-_PLAIN = {"equalise": "off", "step_sizes": "observed", "alignment": "none", "pairs": "every", "correction": "none"}
+_LABEL = ("rounding", "plan", "equalise", "step_sizes", "alignment", "pairs", "correction")
+_PLAIN = {
+    "plan": "uniform",
+    "equalise": "off",
+    "step_sizes": "observed",
+    "alignment": "none",
+    "pairs": "every",
+    "correction": "none",
+}
 
 
 def label(row: Mapping[str, Any]) -> str:
-    """What is special about a row: "gptq, accuquant:5, mmse"."""
+    """What is special about a row: "gptq, accuquant:5, mmse"; the seed of its images is not."""
     named = {"equalise": "equalised", "step_sizes": "learnt steps"}
     return ", ".join(named.get(key, str(row[key])) for key in _LABEL if key in row and row[key] != _PLAIN.get(key))
 
@@ -40,6 +47,14 @@ def panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any
     return found
 
 
+def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The errors by step of every contestant, the mean over its seeds."""
+    found: dict[str, list[list[float]]] = {}
+    for row in rows:
+        found.setdefault(label(row), []).append(row["latent_errors"])
+    return {name: [sum(step) / len(step) for step in zip(*runs, strict=True)] for name, runs in found.items()}
+
+
 def draw(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     """One panel per precision and eta."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -48,12 +63,11 @@ def draw(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     found = panels(rows)
     figure = Figure(figsize=(8 * len(found), 6), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (name, own) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        for i, row in enumerate(own):
-            steps = range(1, len(row["latent_errors"]) + 1)
-            axes.plot(steps, row["latent_errors"], color=f"C{i % 10}", linestyle=("-", "--", ":")[i // 10 % 3],
-                      label=label(row))  # fmt: skip
-        axes.set(title=name, xlabel="denoising steps done", ylabel="|x - x_hat| / |x|", yscale="log")
+    for axes, (panel, own) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        for i, (name, errors) in enumerate(curves(own).items()):
+            line = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3], "label": name}
+            axes.plot(range(1, len(errors) + 1), errors, **line)
+        axes.set(title=panel, xlabel="denoising steps done", ylabel="|x - x_hat| / |x|", yscale="log")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=7)
     out.parent.mkdir(parents=True, exist_ok=True)

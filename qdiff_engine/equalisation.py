@@ -26,10 +26,9 @@ from torch import Tensor
 from .calibration.calibration import Calibration
 from .calibration.observers import BINS, Histogram, affine, merged
 from .graph.factors import FACTORS, LIMIT, channel_axis, factor_keys, readers
-from .graph.interpret import flatten_conditioning, run_float
+from .graph.interpret import flatten_conditioning, quantize_rows, run_float
 from .graph.ir import Const, Graph, Node
 from .recipe import Recipe
-from .reconstruction.quantizers import quantize_rows
 from .rounding import nearest
 
 EXPONENTS = ((0.25, 0.75), (0.5, 0.5), (0.75, 0.25), (0.25, 0.25), (0.35, 0.15))  # (p, q)

@@ -171,7 +171,7 @@ def compare_all(
     Args:
         step_sqnr: False leaves `Comparison.step_sqnr_db` empty and saves one of each model's two passes.
         cache_dir: folder for the float predictions: an interrupted comparison, or another one with the same network,
-            sampler, images and conditioning, reads them there.
+            sampler, images and conditioning, reads them there; a comparison of anything else empties the folder first.
     """
     size = sample_shape(unet, shape)
     extractor = extractor_named(features, unet)

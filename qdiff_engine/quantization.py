@@ -23,11 +23,10 @@ from .recipe import Recipe
 from .reconstruction.layers import RoundedLayer, layer_bits, round_layer, segments, with_own_biases
 from .reconstruction.layers import layers as layers
 from .reconstruction.stage import OnProgress, OnStart, ReconstructionSettings, reconstruct, recorded_inputs
-from .reconstruction.step_sizes import with_learnt
 from .rounding import nearest
 from .runtime.model import IntegerUNet
 from .sampling import initial_noise
-from .tables import MODE_BITS, Table
+from .tables import MODE_BITS, Table, with_learnt
 
 _SEARCH_CHUNK = 512  # histograms searched at a time, to bound memory
 

@@ -22,16 +22,21 @@ _ALIGN = re.compile(r"none|accuquant:([1-9][0-9]{0,3})")
 _CORRECT = re.compile(r"(none|ptqd|mmse|ner)(\+ibc(?:\+ivc)?)?(\+vsc)?")
 
 
-class Corrections(NamedTuple):
+class CorrectionRequest(NamedTuple):
     """A ``correct`` field in parts: the method for the output, and whether each of the others is corrected.
 
-    ``input_bias`` and ``input_variance`` are of the latents that a step hands on, ``variance`` is the sampler's.
+    ``input_bias`` and ``input_variance`` are of the latents that the next step receives.
     """
 
     output: str
     input_bias: bool
     input_variance: bool
-    variance: bool
+    sampler_variance: bool
+
+    @property
+    def rolled_out(self) -> bool:
+        """Whether it is estimated on rollouts that carry the earlier steps' corrections."""
+        return self.output == "ner" or self.input_bias
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,10 @@ class Recipe:
         weights: how weights are rounded: "nearest" (with the scale of least output error per channel), "gptq" (each
             rounding error made good by the weights still to come) or "adaround" (learnt from there, block by block).
         learn_iterations: of each block, with "adaround"; 0 learns nothing and leaves nearest rounding.
-        learn_samples: how many inputs of the network "gptq" and "adaround" see, evenly from all rows.
+        learn_samples: how many inputs of the network "gptq" and "adaround" see, evenly from all rows: one of each at
+            least, and no more than fit into 2 GiB between two layers.
         step_sizes: of activations: "observed" (by the observer) or "learnt", with "adaround", in the same blocks as the
-            rounding; rows at other precisions than ``activation_bits`` keep what was observed.
+            rounding; quantisers of other bits than in a uniform plan of ``activation_bits`` keep what was observed.
         equalise: "on" divides the channels of activations by factors that the weights absorb, where a search finds that
             the layers' outputs gain from it; see `equalisation`.
         observer: how a range is read off the statistics: "minmax", "percentile" or "mse".
@@ -98,6 +104,10 @@ class Recipe:
         if self.step_sizes == "learnt" and self.weights != "adaround":
             raise ValueError(
                 f"step_sizes 'learnt' needs weights 'adaround', whose blocks learn them, got {self.weights!r}"
+            )
+        if self.step_sizes == "learnt" and self.activation_bits == 16:
+            raise ValueError(
+                "step_sizes 'learnt' needs activation_bits 4 or 8, got 16: floating activations have no steps"
             )
         self.row_group()
         check_correct(self.correct)
@@ -157,7 +167,7 @@ def check_align(value: Any) -> int | None:
     return None if found[1] is None else int(found[1])
 
 
-def check_correct(value: Any) -> Corrections:
+def check_correct(value: Any) -> CorrectionRequest:
     """The parts of a ``correct`` field.
 
     Raises:
@@ -168,7 +178,7 @@ def check_correct(value: Any) -> Corrections:
         raise ValueError(
             f"correct must be none, ptqd, mmse or ner, with '+ibc' or '+ibc+ivc' and '+vsc' appended, got {value!r:.50}"
         )
-    return Corrections(found[1], found[2] is not None, found[2] == "+ibc+ivc", found[3] is not None)
+    return CorrectionRequest(found[1], found[2] is not None, found[2] == "+ibc+ivc", found[3] is not None)
 
 
 NAMED: dict[str, dict[str, Any]] = {

@@ -221,7 +221,7 @@ class Stepper:
         if self.correction is not None:
             r = self.correction.row(row.timestep)
             sigma *= float(self.correction.sigma_scale[r])
-            gain = float(self.correction.latent_scale[r])
+            gain = float(self.correction.input_scale[r])
             bias = self.correction.input_bias[r].to(latents.device) if self.correction.has_input_bias else None
         if sigma_scale is not None:
             sigma = row.sigma * sigma_scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +93,18 @@ def row_groups(modes: tuple[str, ...], rows: int) -> list[int]:
     return [distinct.index(key) + 1 for key in keys]
 
 
+def with_learnt(table: Table, learnt: Table | None) -> Table:
+    """``table`` with the step sizes of ``learnt`` wherever both have the same bits; other precisions keep their own."""
+    if learnt is None:
+        return table
+    same = table.bits == learnt.bits
+    return dataclasses.replace(
+        table,
+        scale=torch.where(same, learnt.scale, table.scale),
+        zero_point=torch.where(same, learnt.zero_point, table.zero_point),
+    )
+
+
 @dataclass(frozen=True)
 class Correction:
     """What a corrected model gives its sampler, by row: g[r] x' + B[r], with the noise of x' scaled by s'[r] / s[r].
@@ -104,7 +117,7 @@ class Correction:
         timesteps: of the rows, descending, as in the table.
         input_bias: float32 [R, C] or [R, C, *spatial], B; zero where no bias is corrected.
         sigma_scale: float32 [R], s' / s in [0, 1]; one where no noise is calibrated.
-        latent_scale: float32 [R], g > 0; one where no variance of the latents is corrected, as by default.
+        input_scale: float32 [R], g > 0; one where no variance of the latents is corrected.
 
     Raises:
         ValueError: a tensor of the wrong shape or dtype, or with a value outside its range.
@@ -115,14 +128,12 @@ class Correction:
     timesteps: tuple[float, ...]
     input_bias: Tensor
     sigma_scale: Tensor
-    latent_scale: Tensor = None  # type: ignore[assignment]
+    input_scale: Tensor
     has_input_bias: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         rows = len(self.timesteps)
-        if self.latent_scale is None:
-            object.__setattr__(self, "latent_scale", torch.ones(rows))
-        for name, ranks in (("input_bias", range(2, 6)), ("sigma_scale", (1,)), ("latent_scale", (1,))):
+        for name, ranks in (("input_bias", range(2, 6)), ("sigma_scale", (1,)), ("input_scale", (1,))):
             value: Tensor = getattr(self, name)
             if value.dtype != torch.float32 or value.dim() not in ranks or len(value) != rows:
                 raise ValueError(f"{name} must be float32 with {rows} rows, got {value.dtype} {list(value.shape)}")
@@ -130,14 +141,14 @@ class Correction:
                 raise ValueError(f"{name} must be finite")
         if bool((self.sigma_scale < 0).any()) or bool((self.sigma_scale > 1).any()):
             raise ValueError("sigma_scale must lie in [0, 1]")
-        if bool((self.latent_scale <= 0).any()):
-            raise ValueError("latent_scale must be positive")
+        if bool((self.input_scale <= 0).any()):
+            raise ValueError("input_scale must be positive")
         object.__setattr__(self, "has_input_bias", bool((self.input_bias != 0).any()))
 
     @property
     def only_output(self) -> bool:
         """Whether the sampler's step stays as it is."""
-        return not self.has_input_bias and bool((self.sigma_scale == 1).all() and (self.latent_scale == 1).all())
+        return not self.has_input_bias and bool((self.sigma_scale == 1).all() and (self.input_scale == 1).all())
 
     def row(self, timestep: float) -> int:
         """Index of the row nearest to ``timestep``."""

@@ -207,12 +207,14 @@ def test_conditioning_by_tensor_and_by_callable(name: str) -> None:
 
 def test_the_key_knows_all_conditioning() -> None:
     """Every sample's, of both branches: a cache of other conditioning must not be resumed."""
-    base = torch.cat([normal(1, 7, 24, seed=4), normal(1, 7, 24, seed=5)])
-    other = torch.cat([base[:1], normal(1, 7, 24, seed=6)])  # differs in the second sample only
+    base = normal(16, 7, 24, seed=4)
+    other = torch.cat(
+        [base[:8], normal(1, 7, 24, seed=6), base[9:]]
+    )  # differs in a sample that print() would leave out
     keys = set()
     for conditional, unconditional in ((base, base), (other, base), (base, other)):
         words = [{"encoder_hidden_states": words} for words in (unconditional, conditional)]
-        key = calibration_key("hash", networks.ddim(), 2, 2, 0, 0.0, Guidance(2.0, *words))
+        key = calibration_key("hash", networks.ddim(), 2, 16, 0, 0.0, Guidance(2.0, *words))
         keys.add(key["conditioning"])
     assert len(keys) == 3
 

@@ -35,7 +35,7 @@ def sampler(kind: str, **changes: Any) -> Any:
 
 
 @functools.cache
-def corrected(kind: str = "ddim", eta: float = 0.0, method: str = "ner+ibc+vsc", recipe: str = "w4a8") -> Any:
+def corrected(kind: str = "ddim", eta: float = 0.0, method: str = "ner+ibc+ivc+vsc", recipe: str = "w4a8") -> Any:
     """A model with every correction that a sampler can take."""
     unet, scheduler = networks.network(NAME), sampler(kind)
     calibration = qe.calibrate(unet, scheduler, shape=SHAPE, steps=STEPS, samples=2, eta=eta)
@@ -283,10 +283,11 @@ def test_what_a_corrected_scheduler_returns() -> None:
         one.set_timesteps(STEPS)
     assert inspect.signature(scheduler.step) == inspect.signature(plain.step)
     x, e, t = normal(2, *SHAPE), normal(2, *SHAPE, seed=2), int(plain.timesteps[1])
-    bias = model.correction.input_bias[1]
+    bias, gain = model.correction.input_bias[1], float(model.correction.input_scale[1])
+    assert gain != 1
     expected = plain.step(e, t, x)
     output, values = scheduler.step(e, t, x), scheduler.step(e, t, x, return_dict=False)
-    assert type(output) is type(expected) and torch.equal(output.prev_sample, expected.prev_sample + bias)
+    assert type(output) is type(expected) and torch.equal(output.prev_sample, gain * expected.prev_sample + bias)
     assert torch.equal(output.pred_original_sample, expected.pred_original_sample)
     assert torch.equal(values[0], output.prev_sample) and output[0] is output.prev_sample
     fresh = type(scheduler).from_config(scheduler.config)

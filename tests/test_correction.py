@@ -261,7 +261,9 @@ def test_input_affine_where_nothing_spreads() -> None:
     assert g == 1.0 and torch.allclose(bias, torch.full(SHAPE[1:], -1.0, dtype=torch.float64), atol=1e-6)
     flat = torch.zeros(4, *SHAPE[1:])
     assert input_affine(torch.randn(4, *SHAPE[1:]), flat)[0] == 1.0
-    assert input_affine(flat, torch.randn(4, *SHAPE[1:]))[0] == 0.5, "it is bounded: latents are not wiped out"
+    spread = torch.randn(4, *SHAPE[1:])
+    assert input_affine(flat, spread)[0] == 0.5, "it is bounded: latents are not wiped out"
+    assert input_affine(spread, 0.1 * spread)[0] == 2.0
 
 
 def test_the_variance_schedule_gives_the_planted_total() -> None:

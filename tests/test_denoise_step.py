@@ -182,9 +182,9 @@ def test_samplers_that_are_not_fused() -> None:
     euler = EulerDiscreteScheduler()
     assert coefficients(prepared(euler, 5)) is None
     assert coefficients(prepared(DDPMScheduler(variance_type="learned_range"), 5)) is None
-    plain = Correction("ptqd", {}, (1.0,), torch.zeros(1, 4), torch.ones(1))
+    plain = Correction("ptqd", {}, (1.0,), torch.zeros(1, 4), torch.ones(1), torch.ones(1))
     assert Stepper(euler, 5, 0.0, 0, 2, None, plain).coefficients is None
-    biased = Correction("none+ibc", {}, (1.0,), torch.ones(1, 4), torch.ones(1))
+    biased = Correction("none+ibc", {}, (1.0,), torch.ones(1, 4), torch.ones(1), torch.ones(1))
     with pytest.raises(ValueError, match="EulerDiscreteScheduler takes no input bias"):
         Stepper(euler, 5, 0.0, 0, 2, None, biased)
 
@@ -208,8 +208,8 @@ def test_euler_steps_with_a_corrected_prediction() -> None:
 BAD_TABLES: list[tuple[dict[str, Any], str]] = [
     ({"input_bias": torch.ones(2, 4)}, "input_bias must be float32 with 1 rows"),
     ({"input_bias": torch.full((1, 4), math.nan)}, "input_bias must be finite"),
-    ({"latent_scale": torch.zeros(1)}, "latent_scale must be positive"),
-    ({"latent_scale": torch.ones(2)}, "latent_scale must be float32 with 1 rows"),
+    ({"input_scale": torch.zeros(1)}, "input_scale must be positive"),
+    ({"input_scale": torch.ones(2)}, "input_scale must be float32 with 1 rows"),
     ({"sigma_scale": torch.ones(1).double()}, "sigma_scale must be float32"),
     ({"sigma_scale": torch.full((1,), 1.5)}, r"sigma_scale must lie in \[0, 1\]"),
     ({"sigma_scale": torch.full((1,), -0.1)}, r"sigma_scale must lie in \[0, 1\]"),
@@ -218,6 +218,6 @@ BAD_TABLES: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "message"), BAD_TABLES)
 def test_tables_of_corrections_are_checked(changes: dict[str, Any], message: str) -> None:
-    fields = {"input_bias": torch.ones(1, 4), "sigma_scale": torch.ones(1), **changes}
+    fields = {"input_bias": torch.ones(1, 4), "sigma_scale": torch.ones(1), "input_scale": torch.ones(1), **changes}
     with pytest.raises(ValueError, match=message):
         Correction("ner+ibc+vsc", {}, (1.0,), **fields)

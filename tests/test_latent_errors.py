@@ -16,6 +16,7 @@ MACHINE = {"cpu": "made up", "torch": "0", "triton": "0", "date": "never", "comm
 
 def row(**given: Any) -> dict[str, Any]:
     plain = {"weights": "int4", "activations": "a4", "eta": 0.0, "rounding": "gptq", "latent_errors": [0.1, 0.2]}
+    plain["plan"] = "uniform"
     return {
         **dict.fromkeys(results_file.KEYS["quality"], 1),
         "correction": "none",
@@ -27,6 +28,8 @@ def row(**given: Any) -> dict[str, Any]:
 
 def test_what_is_special_about_a_row() -> None:
     assert latent_errors.label(row()) == "gptq"
+    errors = latent_errors.curves([row(), row(seed=2, latent_errors=[0.3, 0.6]), row(plan="budget:0.9")])
+    assert errors == {"gptq": pytest.approx([0.2, 0.4]), "gptq, budget:0.9": [0.1, 0.2]}
     special = row(rounding="adaround", equalise="on", step_sizes="learnt", alignment="accuquant:5", correction="mmse")
     assert latent_errors.label(special) == "adaround, equalised, learnt steps, accuquant:5, mmse"
 

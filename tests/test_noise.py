@@ -177,7 +177,7 @@ def test_mmse_lowers_the_error_of_every_row() -> None:
 def test_latents_keep_the_float_rollouts_mean_and_variance() -> None:
     corrected = correct("mmse+ibc+ivc", model=model("w4a16"))
     found = corrected.correction
-    assert found is not None and found.input_bias.shape == (STEPS, *SHAPE) and bool((found.latent_scale != 1).all())
+    assert found is not None and found.input_bias.shape == (STEPS, *SHAPE) and bool((found.input_scale != 1).all())
     paths: list[list[Step]] = [[], []]
     start = initial_noise((SAMPLES, *SHAPE), SEED)
     with torch.no_grad():
@@ -189,6 +189,18 @@ def test_latents_keep_the_float_rollouts_mean_and_variance() -> None:
         assert torch.allclose(x.mean(0), quantised.mean(0), atol=1e-5)
         spread, own = (float(value.var(0, correction=0).mean()) for value in (x, quantised))
         assert own == pytest.approx(spread, rel=1e-5)
+
+
+def test_a_model_with_learnt_steps_is_measured_with_them() -> None:
+    """Measured with the calibration, which alone knows other modes, its own mode runs its own step sizes."""
+    calibration = networks.calibration(NAME)
+    recipe = qe.Recipe.named("w4a8", weights="adaround", learn_iterations=2, step_sizes="learnt")
+    learnt = qe.quantize(networks.network(NAME), calibration, recipe)
+    settings = {"shape": SHAPE, "samples": SAMPLES, "seed": SEED}
+    unet, scheduler = networks.network(NAME), networks.ddim()
+    own = qe.measure_noise(learnt, unet, scheduler, **settings)
+    every = qe.measure_noise(learnt, unet, scheduler, calibration=calibration, **settings)
+    assert own.modes == ("A8",) and torch.equal(every.sums[every.modes.index("A8")], own.sums[0])
 
 
 def test_ner_follows_the_corrected_rollout() -> None:
@@ -389,7 +401,7 @@ def test_an_artifact_keeps_corrections_and_noise(tmp_path: Path) -> None:
     assert loaded.correction is not None and loaded.noise is not None and corrected.correction is not None
     assert (loaded.correction.method, loaded.correction.key) == ("ner+ibc", corrected.correction.key)
     assert loaded.correction.timesteps == corrected.correction.timesteps
-    for name in ("input_bias", "sigma_scale", "latent_scale"):
+    for name in ("input_bias", "sigma_scale", "input_scale"):
         assert torch.equal(getattr(loaded.correction, name), getattr(corrected.correction, name))
     assert (loaded.noise.key, loaded.noise.modes) == (noise().key, MODES)
     assert torch.equal(loaded.noise.sums, noise().sums) and torch.equal(loaded.noise.alpha_bar, noise().alpha_bar)
@@ -460,7 +472,7 @@ def test_a_bias_of_another_size_than_the_networks_is_refused(tmp_path: Path) -> 
     ("name", "value", "message"),
     [
         ("correction.input_bias", math.nan, "correction: input_bias must be finite"),
-        ("correction.latent_scale", -1.0, "correction: latent_scale must be positive"),
+        ("correction.input_scale", -1.0, "correction: input_scale must be positive"),
         ("correction.sigma_scale", 2.0, r"correction: sigma_scale must lie in [0, 1]"),
         ("noise.sums", math.inf, "noise: sums must be finite"),
         ("noise.alpha_bar", -1.0, "noise: alpha_bar must lie in [0, 1]"),

@@ -18,11 +18,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import normal, relative
-from torch import Tensor
+from torch import Tensor, nn
 
 from qdiff_engine import numerics
-from qdiff_engine.graph.interpret import convolve, simulate
+from qdiff_engine.calibration.calibration import calibrate
+from qdiff_engine.graph.interpret import convolve, quantize_rows, simulate
 from qdiff_engine.graph.ir import Const, Graph, Node, Ref
+from qdiff_engine.memory import SavedBytes
 from qdiff_engine.quantization import make_table, quantize
 from qdiff_engine.recipe import Recipe
 from qdiff_engine.reconstruction import stage
@@ -34,7 +36,6 @@ from qdiff_engine.reconstruction.layers import bias_shift, layers, round_layer, 
 from qdiff_engine.reconstruction.learning import BlockData, BlockNetwork, learn_rounding
 from qdiff_engine.reconstruction.learning_set import learning_set
 from qdiff_engine.reconstruction.memory import Memory, estimated, waiting_bytes
-from qdiff_engine.reconstruction.quantizers import quantize_rows
 from qdiff_engine.reconstruction.stage import ReconstructionSettings, reconstruct
 from qdiff_engine.rounding import gptq, nearest
 from qdiff_engine.runtime.model import IntegerUNet
@@ -256,6 +257,29 @@ def test_the_same_seed_learns_the_same_bits() -> None:
     assert not same(first, quantised(weights="gptq"))
 
 
+class Gated(nn.Module):
+    """h + a(h) b(h): the product of two layers, of which a block ends in one, is added up by no epilogue."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 2, 3, padding=1)
+        self.a, self.b = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        h = F.silu(self.first(sample)) + torch.cos(timestep.float() / 1000).reshape(-1, 1, 1, 1)
+        return self.last(h + self.a(h) * self.b(h))
+
+
+def test_layers_that_a_blocks_exit_does_not_read_are_rounded_too() -> None:
+    torch.manual_seed(0)
+    network = Gated().eval()
+    calibration = calibrate(network, networks.ddim(), shape=(2, 8, 8), steps=2, samples=2)
+    told: list[Memory] = []
+    recipe = Recipe(weight_bits=4, weights="adaround", learn_iterations=2)
+    model = quantize(network, calibration, recipe, on_start=told.append)
+    assert set(model.weights) == {"first", "a", "b", "last"} and told[0].learning > 0
+
+
 _KILLED = """
 import os, signal, sys, networks
 from qdiff_engine.quantization import quantize
@@ -294,7 +318,7 @@ def test_memory_is_told_before_it_is_taken(name: str) -> None:
     """What waits, against the values that a branch really holds; what backward keeps grows with the batch alone."""
     calibration = networks.calibration(name)
     graph, constants = calibration.capture.graph, calibration.capture.constants
-    data, table = learning_set(calibration, 4), make_table(calibration, Recipe())
+    data, table = learning_set(calibration, 8), make_table(calibration, Recipe())
     branch, most = Branch(graph, constants, data, table), 0
     for node in graph.nodes:
         branch.advance(node)
@@ -303,12 +327,20 @@ def test_memory_is_told_before_it_is_taken(name: str) -> None:
     expected = len(data) * waiting_bytes(graph)
     assert most <= expected < 1.5 * most
     told: list[Memory] = []
-    settings = ReconstructionSettings("adaround", iterations=1, samples=4)
-    reconstruct(calibration, table, settings, on_start=told.append)
+    settings = ReconstructionSettings("adaround", iterations=1, samples=8)
+    with SavedBytes().counting() as saved:
+        reconstruct(calibration, table, settings, on_start=told.append)
     (memory,) = told
-    assert memory.waiting == 2 * expected and memory.total == memory.waiting + memory.entries + memory.learning
-    greedy = estimated(graph, constants, find_blocks(graph), table, len(data), learns=False)
+    assert 0.3 * memory.learning < saved.peak < 1.1 * memory.learning, "what a real batch of a real block keeps"
+    assert memory.waiting == 2 * expected and memory.entries > 0
+    greedy, more = (
+        estimated(graph, constants, find_blocks(graph), table, learning_set(calibration, count), learns)
+        for count, learns in ((8, False), (16, True))
+    )
     assert greedy.waiting == expected and greedy.learning == greedy.entries == 0
+    inputs = max(part[0].numel() for node in layers(graph) for part in segments(node, constants))
+    assert greedy.hessian == more.hessian == memory.hessian == 40 * inputs**2
+    assert (more.waiting, more.entries, more.learning) == (2 * memory.waiting, 2 * memory.entries, memory.learning)
 
 
 def test_running_out_of_memory_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,9 @@ from qdiff_engine.recipe import Recipe
 from qdiff_engine.reconstruction.blocks import Block
 from qdiff_engine.reconstruction.learning import BlockData, BlockNetwork, learn_rounding
 from qdiff_engine.reconstruction.quantizers import RowQuantizer
-from qdiff_engine.reconstruction.step_sizes import StepSizes, learnt_table, with_learnt
+from qdiff_engine.reconstruction.step_sizes import StepSizes, learnt_table
 from qdiff_engine.rounding import gptq
-from qdiff_engine.tables import Table
+from qdiff_engine.tables import Table, with_learnt
 
 
 def table(scale: list[float], zero_point: list[int], bits: list[int]) -> Table:

@@ -143,7 +143,11 @@ def denoise_step(
     for name, values in (("a", a), ("b", b), ("input_bias", input_bias if by_channel else None)):
         check_vector(name, values, x.shape[1], x.device, float32)
     if input_bias is not None and not by_channel:
-        _check_map(input_bias, x)
+        if input_bias.shape != x.shape[1:] or not input_bias.is_contiguous():
+            raise ValueError(
+                f"input_bias must be dense [{x.shape[1]}] or {list(x.shape[1:])}, got {list(input_bias.shape)}"
+            )
+        check_vector("input_bias", input_bias.flatten(), x[0].numel(), x.device, float32)
     if prediction_type not in PREDICTIONS:
         raise ValueError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
     if guidance is not None and not isinstance(guidance, int | float):
@@ -161,15 +165,3 @@ def denoise_step(
             None if guidance is None else float(guidance), PREDICTION=prediction_type, CLIPPED=clipped, BLOCK=BLOCK,
         )  # fmt: skip
     return out
-
-
-def _check_map(input_bias: Tensor, x: Tensor) -> None:
-    """Raise unless B is a dense float32 value for each element of a sample, where x is."""
-    if input_bias.dtype != torch.float32:
-        raise TypeError(f"input_bias must be float32, got {input_bias.dtype}")
-    if input_bias.shape != x.shape[1:] or not input_bias.is_contiguous():
-        raise ValueError(
-            f"input_bias must be dense [{x.shape[1]}] or {list(x.shape[1:])}, got {list(input_bias.shape)} "
-            f"strided {input_bias.stride()}"
-        )
-    check_device("input_bias", input_bias, x.device)

@@ -18,7 +18,7 @@ from ..runtime.files import write_file
 
 
 def fingerprint(value: Any) -> str:
-    """Hash of nested mappings of tensors and JSON values, for keys that must name their conditioning."""
+    """Hash of nested mappings and lists of tensors and JSON values, for keys that must name their conditioning."""
     digest = hashlib.sha256()
 
     def add(item: Any) -> None:
@@ -26,6 +26,10 @@ def fingerprint(value: Any) -> str:
             for name in sorted(item):
                 digest.update(f"{name}:".encode())
                 add(item[name])
+        elif isinstance(item, list | tuple):
+            digest.update(f"[{len(item)}]".encode())
+            for part in item:
+                add(part)
         elif isinstance(item, Tensor):
             digest.update(f"{item.dtype}{list(item.shape)}".encode())
             digest.update(item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -212,13 +212,14 @@ def corrected(
     """The model corrected by ``method``, its noise measured in the modes of its plan."""
     from ..correction.estimation import correct
     from ..correction.measurement import measure_noise
+    from ..recipe import check_correct
 
     with output.progress("measuring the noise", int(model.key["steps"])) as advance:
         noise = measure_noise(
             model, unet, scheduler, cache_dir=partial / "noise", on_step=lambda _: advance(), **settings
         )
-    rolled_out = method.startswith("ner") or "+ibc" in method
-    with output.progress("correcting", int(model.key["steps"]) if rolled_out else 1) as advance:
+    steps = int(model.key["steps"]) if check_correct(method).rolled_out else 1
+    with output.progress("correcting", steps) as advance:
         return correct(
             model,
             unet,

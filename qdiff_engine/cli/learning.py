@@ -22,7 +22,9 @@ def rounding_options(function: Function) -> Function:
             help="Of activations: as the observer finds them, or learnt in the same blocks with --weights adaround.",
         ),
         count_option(
-            "--learn-samples", 256, "Inputs that --weights gptq and adaround learn on; fewer take less memory."
+            "--learn-samples",
+            256,
+            "Inputs that --weights gptq and adaround learn on, one of each step at least; fewer take less memory.",
         ),
         count_option("--learn-iterations", 500, "Of each block, with --weights adaround; 0 learns nothing.", least=0),
         click.option(
@@ -41,7 +43,7 @@ def rounding_note(output: Output, recipe: Any) -> Any:
     def started(memory: Any) -> None:
         output.note(
             f"rounding weights ({recipe.weights}) takes about {megabytes(memory.total)} at its peak, "
-            f"{megabytes(memory.waiting)} of it for what waits of its samples (--learn-samples)"
+            f"{megabytes(memory.of_samples)} of it for its samples (--learn-samples)"
         )
 
     return started

@@ -133,7 +133,9 @@ def read_features(name: str) -> Any:
 def machine_options(function: Function) -> Function:
     """--device, --threads."""
     function = count_option("--threads", None, "CPU threads; torch's default otherwise.")(function)
-    return click.option("--device", default="cpu", show_default=True, help="Where the network runs.")(function)
+    return click.option(
+        "--device", default="cpu", show_default=True, help="Where the network runs, and in calibrate what learns."
+    )(function)
 
 
 def use_machine(device: str, threads: int | None) -> Any:

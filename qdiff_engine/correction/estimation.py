@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..calibration.calibration import sample_shape
 from ..calibration.checkpoint import Checkpoint
 from ..evaluation import evaluating
-from ..recipe import Corrections, check_correct
+from ..recipe import CorrectionRequest, check_correct
 from ..runtime.model import IntegerUNet
 from ..samplers import StepCoefficients, Stepper, coefficients, differences, prepared, sampler_key
 from ..sampling import Conditioning, Guidance, check_count, initial_noise
@@ -27,6 +27,7 @@ from .output import KeptSums, OutputCorrection, corrected_by, identity, mmse, ne
 from .variance import sigma_scale
 
 OUTPUTS: dict[str, Callable[[Moments], OutputCorrection]] = {"ptqd": ptqd, "mmse": mmse}  # others start at identity
+_FEW = 32  # samples: the mean of each element is off by a sixth of its deviation
 _NOTE = "the model's corrections:"  # how the command line knows what to show
 
 
@@ -80,25 +81,36 @@ def correct(
         on_step: called with the index of every finished step of the rollouts.
 
     Raises:
-        ValueError: another sampler than the measured one, a mode that was not measured, "+ibc" or "+vsc" for a sampler
-            other than DDIM and DDPM, an argument out of range, NaN in a prediction.
+        ValueError: another sampler than the measured one, a mode that was not measured, "+ibc", "+ivc" or "+vsc" for a
+            sampler other than DDIM and DDPM, an argument out of range, NaN in a prediction.
     """
     check_models(model, unet)
     noise, steps, eta = _measured(model, noise, scheduler, guidance_scale)
     method = model.recipe.correct if method is None else method
     asked = check_correct(method)
     step_rows = coefficients(prepared(scheduler, steps), eta)
-    if step_rows is None and (asked.input_bias or asked.variance):
-        raise ValueError(f"+ibc and +vsc are for DDIM and DDPM, got {type(scheduler).__name__}; use {asked.output!r}")
+    if step_rows is None and (asked.input_bias or asked.sampler_variance):
+        raise ValueError(
+            f"+ibc, +ivc and +vsc are for DDIM and DDPM, got {type(scheduler).__name__}; use {asked.output!r}"
+        )
     guidance = Guidance(guidance_scale, unconditional, conditioning)
     samples = int(noise.key["samples"]) if samples is None else check_count("samples", samples)
     tables = _Tables(model, noise, asked, ner_weights or NerWeights(), clamp)
-    if asked.variance:
+    if asked.sampler_variance:
         assert step_rows is not None
         tables.take_sampler(step_rows)
     key = noise_key(model, scheduler, steps, eta, guidance, samples, seed)
-    if asked.output == "ner" or asked.input_bias:
-        progress = {**key, **progress_key(model, {}), "method": method, "plan": list(model.table.modes)}
+    if asked.input_bias and samples < _FEW:
+        warnings.warn(
+            f"{_NOTE} +ibc from {samples} samples has noise of its own, {_FEW} and more are better", stacklevel=2
+        )
+    if asked.rolled_out:
+        progress = {
+            **key,
+            **progress_key(model, {"own": (model, frozenset())}),
+            "method": method,
+            "plan": list(model.table.modes),
+        }
         progress |= {"ner": dataclasses.asdict(tables.weights), "clamp": clamp, "noise": noise.key}
         checkpoint = None if cache_dir is None else Checkpoint.open(cache_dir, progress)
         start = initial_noise((samples, *sample_shape(unet, shape)), check_count("seed", seed, least=0))
@@ -133,17 +145,17 @@ class _Tables:
         self,
         model: IntegerUNet,
         noise: Noise,
-        asked: Corrections,
+        asked: CorrectionRequest,
         weights: NerWeights,
         clamp: bool,
     ) -> None:
-        self.noise, self.asked, self.output, self.weights = noise, asked, asked.output, weights
+        self.noise, self.asked, self.weights = noise, asked, weights
         self.timesteps, self.moments = model.table.timesteps, moments(noise, model.table.modes)
-        output = OUTPUTS.get(self.output, identity)
-        affine = ptqd(self.moments, clamp) if self.output == "ptqd" else output(self.moments)
+        by_ptqd = asked.output == "ptqd"
+        affine = ptqd(self.moments, clamp) if by_ptqd else OUTPUTS.get(asked.output, identity)(self.moments)
         self.a, self.b, self.left = affine.a, affine.b, affine.noise_variance
         self.input_bias = list(torch.zeros_like(self.a))  # [C], or [C, *spatial] where it is corrected
-        self.latent_scale = torch.ones(len(self.a), dtype=torch.float64)
+        self.input_scale = torch.ones(len(self.a), dtype=torch.float64)
         self.sigma_scale = torch.ones(len(self.a), dtype=torch.float64)
         self.sampler: tuple[Tensor, Tensor] | None = None  # s and ce by row, where the variance is calibrated
 
@@ -172,15 +184,15 @@ class _Tables:
         self.left[row] = corrected_by(Moments(self.moments.sums[row]), self.a[row]).noise_variance
         self.calibrate_variance()
 
-    def follow(self, row: int, x: Tensor, quantized: Tensor) -> Tensor:
+    def corrected_latents(self, row: int, x: Tensor, quantized: Tensor) -> Tensor:
         """g and B of a row from its rollouts' latents after the step, and the latter's with them."""
         if self.asked.input_variance:
-            self.latent_scale[row], self.input_bias[row] = input_affine(x, quantized)
+            self.input_scale[row], self.input_bias[row] = input_affine(x, quantized)
         elif self.asked.input_bias:
             self.input_bias[row] = input_bias(x, quantized)
         else:
             return quantized
-        return float(self.latent_scale[row]) * quantized + self.input_bias[row].float()
+        return float(self.input_scale[row]) * quantized + self.input_bias[row].float()
 
     def corrected(self, model: IntegerUNet, method: str, key: dict[str, Any]) -> IntegerUNet:
         """The model with these tables."""
@@ -189,7 +201,7 @@ class _Tables:
         correction = None
         if method != "none":
             scale = self.sigma_scale.float().clamp(0, 1)
-            bias, gain = torch.stack(self.input_bias).float(), self.latent_scale.float()
+            bias, gain = torch.stack(self.input_bias).float(), self.input_scale.float()
             correction = Correction(method, key, table.timesteps, bias, scale, gain)
         return model.with_table(table, recipe, correction, self.noise)
 
@@ -220,11 +232,11 @@ def _roll_out(
                 checkpoint.save(i, {"float": e, "quantized": e_hat})
         else:
             e, e_hat = known["float"], known["quantized"]
-        if tables.output == "ner":
+        if tables.asked.output == "ner":
             tables.reconstruct(row, e, e_hat)
         a, b, scale = tables.a[row].float(), tables.b[row].float(), float(tables.sigma_scale[row])
         x = steppers[0].step(i, x, e)
         quantized = steppers[1].step(i, quantized, e_hat, a=a, b=b, sigma_scale=scale)
-        quantized = tables.follow(row, x, quantized)
+        quantized = tables.corrected_latents(row, x, quantized)
         if on_step is not None:
             on_step(i)

@@ -18,7 +18,7 @@ from ..quantization import make_table
 from ..runtime.model import IntegerUNet
 from ..samplers import prepared, sampler_key, step_arguments
 from ..sampling import Conditioning, Guidance, Step, check_count, conditioning_for, denoise, initial_noise
-from ..tables import MODES, NOISE_SUMS, Noise
+from ..tables import MODES, NOISE_SUMS, Noise, with_learnt
 from .moments import Moments
 
 SEED = 10_000  # far from the seeds of calibration and of images, so that no correction is judged on its own samples
@@ -180,7 +180,8 @@ def _contenders(
     every, found = frozenset(range(len(own))), {}
     for mode in wanted:
         recipe = dataclasses.replace(model.recipe, plan=(mode,) * len(own), correct="none")
-        found[mode] = (model.with_table(make_table(calibration, recipe), recipe), every)
+        table = with_learnt(make_table(calibration, recipe), model.table)  # its own scales where the bits agree
+        found[mode] = (model.with_table(table, recipe), every)
     return found
 
 

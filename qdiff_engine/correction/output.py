@@ -1,6 +1,7 @@
 """Corrections of the prediction, e' = a e_hat + b per row and channel, each a plain function of moments.
 
-They compose with the input bias (`drift`) and the variance schedule (`variance`), which read nothing but their result.
+They compose with the correction of the latents (`drift`) and the variance schedule (`variance`), which read nothing
+but their result.
 """
 
 from __future__ import annotations

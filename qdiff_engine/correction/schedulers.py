@@ -156,7 +156,7 @@ def _corrected_step(scheduler: Any, kind: type[Any], state: _State, arguments: d
         result = kind.step(scheduler, **arguments)
     finally:
         state.scale = None
-    bias, gain = correction.input_bias[row].to(sample.device, sample.dtype), float(correction.latent_scale[row])
+    bias, gain = correction.input_bias[row].to(sample.device, sample.dtype), float(correction.input_scale[row])
     bias = bias.reshape(*bias.shape, *[1] * (sample.dim() - 1 - bias.dim()))
     if isinstance(result, tuple):
         return (gain * result[0] + bias, *result[1:])

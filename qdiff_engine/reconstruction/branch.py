@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..graph.interpret import FloatInterpreter, row_quantizer
 from ..graph.ir import Graph, Node
 from ..tables import Table
 from .learning_set import LearningSet
+from .placement import placed
 
 
 class Branch:
@@ -37,8 +38,7 @@ class Branch:
         device: torch.device | str = "cpu",
     ) -> None:
         self.weights, self.device = {} if weights is None else weights, torch.device(device)
-        self.interpreter = FloatInterpreter(Placed(constants, self.device), torch.float32)
-        self.interpreter.weight = self._weight
+        self.constants, self.interpreter = constants, FloatInterpreter({}, torch.float32)
         self.rows = []
         self.values: list[dict[str, Any]] = []
         for row, chunk in data.chunks():
@@ -52,11 +52,14 @@ class Branch:
 
     def advance(self, node: Node) -> None:
         """Evaluate ``node`` for every chunk, and forget what only it has read."""
+        self.interpreter.constants = {key: placed(self.constants[key], self.device) for key in node.consts()}
+        own = [placed(weight, self.device) for weight in self.weights.get(str(node.kwargs.get("layer")), ())]
+        self.interpreter.weight = lambda node, segment, weight: own[segment] if own else weight
         for row, values in zip(self.rows, self.values, strict=True):
             if self.table is not None:
                 self.interpreter.activation = row_quantizer(self.table, row)
             read = {name: placed(values[name], self.device) for name in node.refs()}
-            values[node.name] = placed(self.interpreter.evaluate(node, read), torch.device("cpu"))
+            values[node.name] = placed(self.interpreter.evaluate(node, read), "cpu")
             for name in set(node.refs()) - self.kept:
                 if self.last_use[name] == node.name:
                     del values[name]
@@ -70,28 +73,3 @@ class Branch:
     def of(self, name: str) -> list[Any]:
         """The value called ``name``, one per chunk."""
         return [values[name] for values in self.values]
-
-    def _weight(self, node: Node, segment: int, weight: Tensor) -> Tensor:
-        own = self.weights.get(node.kwargs["layer"])
-        return weight if own is None else own[segment].to(self.device)
-
-
-class Placed(Mapping[str, Tensor]):
-    """``constants`` that are brought to a device when they are read."""
-
-    def __init__(self, constants: Mapping[str, Tensor], device: torch.device) -> None:
-        self.constants, self.device = constants, device
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.constants[key].to(self.device)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.constants)
-
-    def __len__(self) -> int:
-        return len(self.constants)
-
-
-def placed(value: Any, device: torch.device) -> Any:
-    """A tensor on ``device``; anything else as it is."""
-    return value.to(device) if isinstance(value, Tensor) else value

@@ -19,8 +19,8 @@ from ..tables import Table
 from ..weights import QuantizedWeight
 from .adaround import SoftWeight, sharpness, undecided
 from .blocks import Block
-from .branch import placed
 from .layers import segments
+from .placement import placed
 from .quantizers import RowQuantizer
 from .step_sizes import StepSizes
 
@@ -75,7 +75,7 @@ class BlockNetwork:
         device: torch.device | str = "cpu",
     ) -> None:
         self.block, self.scalars, self.table, self.device = block, scalars, table, torch.device(device)
-        own = {key for node in (*scalars, *block.body) for key in node.consts()}
+        own = {key for node in (*scalars, *block.nodes) for key in node.consts()}  # of layers beside the exit, too
         self.original = {key: constants[key].to(self.device) for key in own}
         self.constants = dict(self.original)
         self.interpreter = FloatInterpreter(self.constants, torch.float32)
@@ -166,7 +166,7 @@ def learn_rounding(
 
 
 def mixed_precision(device: torch.device) -> Any:
-    """Products in bfloat16 on a GPU; quantisers, losses and what is learnt stay in float32."""
+    """Products in bfloat16 on a GPU; everything else, and what is learnt, is computed in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 

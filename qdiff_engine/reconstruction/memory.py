@@ -12,10 +12,12 @@ from ..graph.ir import Graph, Node
 from ..memory import SavedBytes
 from ..tables import Table
 from .blocks import Block
-from .layers import segments
+from .layers import layers, segments
 from .learning import BATCH, BlockNetwork
+from .learning_set import LearningSet
 
 _FLOAT = 4  # bytes
+_PER_HESSIAN = 5 * 8  # X^T X, its copy in order, a factor, the inverse and its factor, in float64
 _PER_WEIGHT = 10 * _FLOAT  # floor, choice, its gradient and Adam's two moments, h(v) and the relaxed weight twice
 
 
@@ -26,17 +28,25 @@ class Memory:
     Args:
         waiting: what later nodes still read of every sample, in the quantised branch and the float one.
         entries: what the block with the largest ones receives and answers, over all samples.
-        learning: the choices of the largest block's weights, and what a batch keeps for its backward pass.
+        hessian: GPTQ's matrices of the layer with the most inputs, also where AdaRound starts from them.
+        learning: the choices of the largest block's weights, and what a batch keeps for its backward pass; on the
+            device that learns. The others are in the memory of the CPU.
     """
 
     waiting: int
     entries: int
+    hessian: int
     learning: int
 
     @property
     def total(self) -> int:
-        """The sum."""
-        return self.waiting + self.entries + self.learning
+        """What is held at once: GPTQ is done when learning begins."""
+        return self.waiting + max(self.hessian, self.entries + self.learning)
+
+    @property
+    def of_samples(self) -> int:
+        """What fewer samples lessen."""
+        return self.waiting + self.entries
 
 
 def waiting_bytes(graph: Graph) -> int:
@@ -57,11 +67,18 @@ def per_sample(shape: Sequence[object], samples: int = 1) -> tuple[int, ...]:
 
 
 def estimated(
-    graph: Graph, constants: Mapping[str, Tensor], blocks: Sequence[Block], table: Table, samples: int, learns: bool
+    graph: Graph,
+    constants: Mapping[str, Tensor],
+    blocks: Sequence[Block],
+    table: Table,
+    data: LearningSet,
+    learns: bool,
 ) -> Memory:
-    """The memory of reconstruction on ``samples``; ``learns``: with AdaRound, else with GPTQ."""
-    branches = 2 if learns else 1
+    """The memory of reconstruction on ``data``; ``learns``: with AdaRound, else with GPTQ alone."""
+    branches, samples = 2 if learns else 1, len(data)
     waiting = branches * samples * waiting_bytes(graph)
+    inputs = [part[0].numel() for node in layers(graph) if node.kwargs.get("groups", 1) == 1
+              for part in segments(node, constants)]  # fmt: skip
     found = [block for block in blocks if block.layers] if learns else []
     shapes = {**graph.inputs, **{node.name: node.shape for node in graph.nodes}}
     entries = [
@@ -69,8 +86,10 @@ def estimated(
         for block in found
     ]
     scalars = [node for node in graph.nodes if node.op.startswith("sym_")]
-    learning = [_learning_bytes(block, scalars, shapes, constants, table) for block in found]
-    return Memory(waiting, max(entries, default=0), max(learning, default=0))
+    dtypes = {name: value.dtype for name, value in data.inputs.items()}
+    learning = [_learning_bytes(block, scalars, shapes, dtypes, constants, table) for block in found]
+    hessian = _PER_HESSIAN * max(inputs, default=0) ** 2
+    return Memory(waiting, max(entries, default=0), hessian, max(learning, default=0))
 
 
 def _numel(shape: Sequence[object]) -> int:
@@ -81,6 +100,7 @@ def _learning_bytes(
     block: Block,
     scalars: list[Node],
     shapes: Mapping[str, Sequence[object]],
+    dtypes: Mapping[str, torch.dtype],
     constants: Mapping[str, Tensor],
     table: Table,
 ) -> int:
@@ -88,8 +108,14 @@ def _learning_bytes(
     network = BlockNetwork(block, scalars, constants, table)
     parts = {node.kwargs["layer"]: segments(node, network.constants) for node in block.layers}
     own = {node.name for node in scalars}
+    names = [name for name in (*block.entries, "sample") if name not in own]
     one, two = (
-        _saved_bytes(network, parts, {name: shapes[name] for name in (*block.entries, "sample") if name not in own}, n)
+        _saved_bytes(
+            network,
+            parts,
+            {name: torch.zeros(per_sample(shapes[name], n), dtype=dtypes.get(name, torch.float32)) for name in names},
+            n,
+        )
         for n in (1, 2)
     )
     weights = sum(part.numel() for layer in parts.values() for part in layer)
@@ -99,10 +125,9 @@ def _learning_bytes(
 def _saved_bytes(
     network: BlockNetwork,
     parts: Mapping[str, tuple[Tensor, ...]],
-    entries: Mapping[str, Sequence[object]],
+    values: dict[str, Tensor],
     samples: int,
 ) -> int:
-    values = {name: torch.zeros(per_sample(shape, samples)) for name, shape in entries.items()}
     learnt = {layer: tuple(part.detach().requires_grad_() for part in own) for layer, own in parts.items()}
     held = [*network.constants.values(), *values.values(), *(part for own in learnt.values() for part in own)]
     with torch.enable_grad(), SavedBytes(held).counting() as saved:

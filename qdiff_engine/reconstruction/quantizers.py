@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import numerics
+from ..graph.interpret import quantize_rows
 from ..tables import Table
 from .step_sizes import StepSizes
 
@@ -45,24 +45,3 @@ class RowQuantizer:
             return self.steps.affine(site, self.rows)
         at = self.sites[site]
         return self.table.scale[self.rows, at], self.table.zero_point[self.rows, at]
-
-
-def quantize_rows(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor) -> Tensor:
-    """s[j] (clamp(round(x[j] * (1 / s[j])) + z[j]) - z[j]) for each sample j, straight-through inside the range.
-
-    Rounds as `numerics.quantize` does. Samples with 16 bits stay as they are.
-
-    Args:
-        x: [n * k, ...], k values along the first axis for each sample; scale, zero_point, bits: [n].
-    """
-    low, high = numerics.activation_limits(bits)
-    s, z, low, high, floating = (_each(t, x) for t in (scale, zero_point, low, high, bits == 16))
-    scaled = x * s.reciprocal()
-    rounded = scaled + (torch.round(scaled) - scaled).detach()
-    quantized = (torch.minimum(torch.maximum(rounded + z, low), high) - z) * s
-    return torch.where(floating, x, quantized)
-
-
-def _each(values: Tensor, x: Tensor) -> Tensor:
-    """[n] values, one per sample, along the first axis of ``x`` [n * k, ...]."""
-    return values.repeat_interleave(len(x) // len(values)).reshape(-1, *[1] * (x.dim() - 1))

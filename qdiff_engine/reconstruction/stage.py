@@ -138,9 +138,10 @@ def reconstruct(
         key = {**calibration.key, "reconstruction": settings.to_dict(), "data": fingerprint(statistics)}
         checkpoint = Checkpoint.open(cache_dir, key)
     stage, blocks = _Stage(calibration, graph, constants, data, table, settings), find_blocks(graph)
-    if on_start is not None:
-        on_start(estimated(graph, constants, blocks, table, len(data), settings.learns))
-    with memory_errors(f"round weights with {len(data)} samples", "lower learn_samples (--learn-samples)"):
+    mend = "lower learn_samples (--learn-samples), or use a device with more memory"
+    with memory_errors(f"round weights with {len(data)} samples", mend):
+        if on_start is not None:
+            on_start(estimated(graph, constants, blocks, table, data, settings.learns))
         _run(stage, blocks, checkpoint, on_layer, on_progress)
     return Reconstruction(stage.rounded, stage.table)
 

@@ -80,15 +80,3 @@ def learnt_table(table: Table, tensors: Mapping[str, Tensor]) -> Table:
         scale=torch.where(floating, table.scale, scale),
         zero_point=torch.where(floating, table.zero_point, zero_point),
     )
-
-
-def with_learnt(table: Table, learnt: Table | None) -> Table:
-    """``table`` with the step sizes of ``learnt`` wherever both have the same bits; other precisions keep their own."""
-    if learnt is None:
-        return table
-    same = table.bits == learnt.bits
-    return dataclasses.replace(
-        table,
-        scale=torch.where(same, learnt.scale, table.scale),
-        zero_point=torch.where(same, learnt.zero_point, table.zero_point),
-    )

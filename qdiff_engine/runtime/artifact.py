@@ -32,7 +32,7 @@ from . import artifact_config, files
 from .artifact_config import CONFIG, GRAPH, MODEL, TABLE_FIELDS, ArtifactError, naming
 from .tensor_file import TensorSpec, read_tensors, write_tensors
 
-CORRECTION_TENSORS = ("input_bias", "sigma_scale", "latent_scale")
+CORRECTION_TENSORS = ("input_bias", "sigma_scale", "input_scale")
 FILES = frozenset({CONFIG, GRAPH, MODEL})
 
 
