@@ -160,7 +160,7 @@ def test_the_samplers_corrections_are_shown_too() -> None:
     correction = Correction("none+ibc+ivc+vsc", {}, plain.table.timesteps, bias, scale.clamp(max=1), gain)
     tables = correction_tables(plain.with_table(plain.table, correction=correction))
     b, g, sigma = tables.values()
-    assert list(tables) == ["input bias B (root mean square)", "latent scale g", "sigma' / sigma"]
+    assert list(tables) == ["input bias B (root mean square)", "input scale g", "sigma' / sigma"]
     assert torch.allclose(b, bias.square().mean((2, 3)).sqrt())
     assert torch.equal(g, gain) and torch.equal(sigma, scale.clamp(max=1))
     report = dataclasses.replace(measured(plain), corrections=tables)

@@ -40,7 +40,10 @@ def over_timesteps(
     if modes is not None:
         _shade(axis, timesteps, modes)
     if logarithmic and any(v > 0 for values in lines.values() for v in values):
+        from matplotlib.ticker import LogLocator
+
         axis.set_yscale("log")
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
     _dress(axis, timesteps, label)

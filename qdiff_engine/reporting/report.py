@@ -128,7 +128,7 @@ def correction_tables(model: IntegerUNet) -> dict[str, Tensor]:
         bias = model.correction.input_bias.unflatten(1, (-1, 1)).flatten(2)  # [R, C, P]
         tables["input bias B (root mean square)"] = bias.square().mean(-1).sqrt()
     if model.correction is not None and bool((model.correction.input_scale != 1).any()):
-        tables["latent scale g"] = model.correction.input_scale
+        tables["input scale g"] = model.correction.input_scale
     if model.correction is not None and bool((model.correction.sigma_scale != 1).any()):
         tables["sigma' / sigma"] = model.correction.sigma_scale
     return tables
