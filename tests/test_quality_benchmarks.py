@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import corrections, gates, reconstruction
+from benchmarks import corrections, gates, plans, reconstruction
 from benchmarks.fidelity import UNCLAMPED, Contestant
 from qdiff_engine.recipe import check_align, check_correct
 
@@ -26,6 +26,14 @@ def test_a_contestant_is_made_by_its_last_step_from_another() -> None:
 def test_sections_have_names_of_their_own(benchmark_module: ModuleType) -> None:
     names = [section.name for section in benchmark_module.plan(False)]
     assert len(set(names)) == len(names) > len(benchmark_module.plan(True)) > 0
+
+
+def test_plans_that_the_benchmark_makes_itself() -> None:
+    assert plans.plan_of("row:1", 3) == ("A8", "A4", "A8")
+    assert plans.plan_of("frechet:0.5", 4, (2, 0, 1, 3)) == ("A4", "A8", "A4", "A8")
+    drawn = plans.plan_of("random:0.2", 20)
+    assert drawn == plans.plan_of("random:0.2", 20) and drawn.count("A4") == 4 and len(drawn) == 20
+    assert plans.plan_of("budget:0.9", 20) == "budget:0.9"
 
 
 def test_every_contestant_is_a_valid_recipe() -> None:
