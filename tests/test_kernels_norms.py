@@ -583,7 +583,7 @@ WRONG: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, r"constants must be dense \[8\], got \[7\]", lambda: step(constants=torch.ones(7))),
     (ValueError, r"input_bias must be dense \[2\]", lambda: step(input_bias=torch.ones(3))),
     (ValueError, r"input_bias must be dense \[2\] or \[2, ", lambda: step(input_bias=torch.ones(2, 1))),
-    (TypeError, "input_bias must be float32", lambda: step(input_bias=torch.ones(2, 1).double())),
+    (TypeError, "input_bias must be float32", lambda: step(input_bias=torch.ones(2, 3, 4).double())),
     (ValueError, "prediction_type must be one of", lambda: step(prediction_type="flow")),
     (TypeError, "guidance must be a number", lambda: step(guidance="7.5")),
 ]
