@@ -33,8 +33,8 @@ def input_bias(x: Tensor, quantized: Tensor) -> Tensor:
 def input_affine(x: Tensor, quantized: Tensor) -> tuple[float, Tensor]:
     """(g, B): g x_hat + B has the mean of x at every element, and its variance over samples, averaged over elements.
 
-    g = sqrt(mean_cp Var x[c, p] / mean_cp Var x_hat[c, p]) in [1/2, 2], B[c, p] = E x[c, p] - g E x_hat[c, p]. What
-    quantisation adds to the latents without correlation makes them spread too far; a mean alone leaves that.
+    g = sqrt(mean_cp Var x[c, p] / mean_cp Var x_hat[c, p]) in [1/2, 2], B[c, p] = E x[c, p] - g E x_hat[c, p].
+    Quantised latents spread too far or, where predictions fall short, not far enough; a mean alone leaves that.
 
     Args:
         x, quantized: as for `input_bias`. Of a single sample, or where x_hat does not vary, g is 1.
