@@ -244,6 +244,7 @@ def test_gptq_and_adaround_lessen_the_error_of_every_layer_of_the_bundled_networ
         for method, values in gains.items():
             values.append(errors["nearest"] / errors[method])
     for method, values in gains.items():
+        print(f"{method}: error of nearest / its own, least {min(values):.2f}, median {statistics.median(values):.2f}")
         assert len(values) == 93 and min(values) > 1.0 and statistics.median(values) > 1.5, (method, sorted(values))
 
 

@@ -102,17 +102,12 @@ class Learnt:
     def _bounds(self) -> tuple[list[Tensor], list[Tensor]]:
         """Least and greatest shift of every group's zero points."""
         bits = self.table0.bits.to(self.device)
-        lows, highs = [], []
-        for g in range(len(self.shift)):
-            row = 0 if g == _SHARED else self.group.index(g)
-            low, high = torch.zeros_like(self.scale0[row]), torch.zeros_like(self.scale0[row])
-            for width in (4, 8):
-                first, last = numerics.activation_range(width)
-                low = torch.where(bits[row] == width, first - self.zero_point0[row], low)
-                high = torch.where(bits[row] == width, last - self.zero_point0[row], high)
-            lows.append(low)
-            highs.append(high)
-        return lows, highs
+        rows = [0 if g == _SHARED else self.group.index(g) for g in range(len(self.shift))]
+        low, high = (
+            torch.where(bits == 16, 0.0, limit.to(self.dtype) - self.zero_point0)
+            for limit in numerics.activation_limits(bits)
+        )
+        return [low[row] for row in rows], [high[row] for row in rows]
 
     @torch.no_grad()
     def table(self) -> Table:

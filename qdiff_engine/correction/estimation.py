@@ -26,7 +26,6 @@ from .moments import Moments
 from .output import KeptSums, OutputCorrection, corrected_by, identity, mmse, ner, ptqd
 from .variance import sigma_scale
 
-OUTPUTS: dict[str, Callable[[Moments], OutputCorrection]] = {"ptqd": ptqd, "mmse": mmse}  # others start at identity
 _FEW = 32  # samples: the mean of each element is off by a sixth of its deviation
 _NOTE = "the model's corrections:"  # how the command line knows what to show
 
@@ -138,6 +137,13 @@ def _measured(
     return noise, steps, float(eta)
 
 
+def _affine(output: str, found: Moments, clamp: bool) -> OutputCorrection:
+    """a and b of every row, as far as moments tell them: "ner" starts at the identity."""
+    if output == "ptqd":
+        return ptqd(found, clamp)
+    return mmse(found) if output == "mmse" else identity(found)
+
+
 class _Tables:
     """a, b, g, B and s' / s of every row, as far as they are known."""
 
@@ -151,8 +157,7 @@ class _Tables:
     ) -> None:
         self.noise, self.asked, self.weights = noise, asked, weights
         self.timesteps, self.moments = model.table.timesteps, moments(noise, model.table.modes)
-        by_ptqd = asked.output == "ptqd"
-        affine = ptqd(self.moments, clamp) if by_ptqd else OUTPUTS.get(asked.output, identity)(self.moments)
+        affine = _affine(asked.output, self.moments, clamp)
         self.a, self.b, self.left = affine.a, affine.b, affine.noise_variance
         self.input_bias = list(torch.zeros_like(self.a))  # [C], or [C, *spatial] where it is corrected
         self.input_scale = torch.ones(len(self.a), dtype=torch.float64)
