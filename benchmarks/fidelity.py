@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import re
+import shutil
 import sys
 import tempfile
 import time
@@ -15,7 +18,7 @@ from typing import Any
 import torch
 
 import qdiff_engine as qe
-from benchmarks import sections
+from benchmarks import results_file, sections
 from benchmarks.quality import row
 from qdiff_engine.alignment.training import AlignmentSettings
 from qdiff_engine.calibration.calibration import Calibration
@@ -30,6 +33,7 @@ UNCLAMPED = " (k < 0 too)"  # after "ptqd": k may be negative
 BEST = "mmse+ibc+ivc"  # beside "ner+ibc+ivc" what gains most in the results of benchmarks.corrections
 _BATCH = 32
 _CACHE = Path(tempfile.gettempdir()) / "qdiff-benchmarks-float"  # trajectories of the float network
+_LEARNT = Path(tempfile.gettempdir()) / "qdiff-benchmarks-learnt"  # what rounding and alignment found, by commit
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,22 @@ def _remembered(forward: Callable[..., Any]) -> Callable[..., Any]:
     return remembered
 
 
+def _record(folder: Path) -> Path:
+    """The file beside a folder of learnt things that says how many seconds learning them took."""
+    return folder.with_name(f"{folder.name}.json")
+
+
+def _first_time(folder: Path | None, seconds: float) -> float:
+    """What making a contestant took the first time: this time's ``seconds``, unless ``folder`` has a record of it."""
+    if folder is None:
+        return seconds
+    record = _record(folder)
+    if not record.exists():
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps({"seconds": seconds}))
+    return float(json.loads(record.read_text())["seconds"])
+
+
 class Setting:
     """The bundled network under one sampler, and its contestants, each made once, when first asked for."""
 
@@ -107,25 +127,35 @@ class Setting:
         if before is not None:
             self.model(before)
             spent = self.seconds[before] + (self.noise(before)[1] if contestant.correction != "none" else 0.0)
-        start = time.perf_counter()
-        model = self._quantized(contestant) if before is None else self._next(contestant, before)
-        self.seconds[contestant] = round(spent + time.perf_counter() - start, 2)
+        folder, start = self._folder(contestant), time.perf_counter()
+        model = self._quantized(contestant, folder) if before is None else self._next(contestant, before, folder)
+        self.seconds[contestant] = round(spent + _first_time(folder, time.perf_counter() - start), 2)
         print(f"eta {self.eta:g}, {contestant}: {self.seconds[contestant]} s", file=sys.stderr, flush=True)
         return model
 
-    def _quantized(self, contestant: Contestant) -> qe.IntegerUNet:
+    def _folder(self, contestant: Contestant) -> Path | None:
+        """Where what a contestant learns is kept for the next run at the same commit; empty after one cut short."""
+        commit = results_file.head()
+        if self.quick or commit is None or commit.endswith(results_file.CHANGED) or contestant.correction != "none":
+            return None
+        folder = _LEARNT / commit / re.sub(r"\W+", "-", f"eta {self.eta:g} {contestant}")
+        if not _record(folder).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        return folder
+
+    def _quantized(self, contestant: Contestant, folder: Path | None) -> qe.IntegerUNet:
         recipe = contestant.recipe()
         if self.quick:
             recipe = dataclasses.replace(recipe, learn_iterations=2)
-        return qe.quantize(self.unet, self.prepared(recipe), recipe)
+        return qe.quantize(self.unet, self.prepared(recipe), recipe, cache_dir=folder)
 
-    def _next(self, contestant: Contestant, before: Contestant) -> qe.IntegerUNet:
+    def _next(self, contestant: Contestant, before: Contestant, folder: Path | None) -> qe.IntegerUNet:
         model = self.model(before)
         if contestant.correction == "none":
             group = int(contestant.align.partition(":")[2])
             fewer = {"iterations": 2} if self.quick else {}
             settings = AlignmentSettings(group=group, pairs=contestant.pairs, **fewer)
-            return qe.align(model, self.prepared(contestant.recipe()), settings)
+            return qe.align(model, self.prepared(contestant.recipe()), settings, cache_dir=folder)
         method, clamp = contestant.correction.removesuffix(UNCLAMPED), not contestant.correction.endswith(UNCLAMPED)
         return qe.correct(model, self.unet, self.scheduler, self.noise(before)[0], method, clamp=clamp, batch=_BATCH)
 

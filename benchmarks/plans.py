@@ -3,26 +3,36 @@
 python -m benchmarks.plans    all rows, written to benchmarks/results/quality-plans-mnist32.json (DDIM 20, 256 images)
 
 "row:R" runs one row alone at A4, on images of their own: what each step's precision is worth, for the same image (PSNR)
-and for images as good (Fréchet distance). "frechet:SHARE" has that share of rows at A4, where it cost the latter least.
+and for images as good (Fréchet distance). "frechet:SHARE:K" has that share of rows at A4: of all such plans the one
+with the K-th least Fréchet distance, as far as the effects of single rows on an image's features add up.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 import qdiff_engine as qe
 from benchmarks import results_file
 from benchmarks.quality import row
-from qdiff_engine.evaluation import compare_all
+from qdiff_engine.digits import digit_classifier
+from qdiff_engine.evaluation import Comparison, compare_all
 from qdiff_engine.measuring import thread_count
 from qdiff_engine.models import ddim, demo_model
 from qdiff_engine.plan_requests import switchable_fraction
+from qdiff_engine.quality import extract, frechet_distance
 
 RESULTS = "quality-plans-mnist32.json"
 COLUMNS = (
@@ -35,11 +45,11 @@ ASKED = (  # (recipe, plan)
     ("w4a8", "budget:0.6:A4,A8"),
     ("w4a8", "snr:share=0.8"),
     ("w4a8", "random:0.8"),
-    ("w4a8", "frechet:0.8"),
+    ("w4a8", "frechet:0.8:1"),
     ("w4a8", "budget:0.9:A4,A8"),
     ("w4a8", "snr:share=0.2"),
     ("w4a8", "random:0.2"),
-    ("w4a8", "frechet:0.2"),
+    *(("w4a8", f"frechet:0.2:{k}") for k in range(1, 9)),
     ("w8a8", "uniform"),
     ("w8a8", "budget:1.2:A8,A16"),
 )
@@ -48,21 +58,50 @@ ASKED = (  # (recipe, plan)
 SEED, ROW_SEED = 1, 2  # of the images
 
 
-def plan_of(name: str, rows: int, worth: Sequence[int] = ()) -> str | tuple[str, ...]:
-    """A recipe's plan; "random:SHARE", "frechet:SHARE" and "row:R" name the rows at A4.
+@dataclass(frozen=True, eq=False)
+class RowEffects:
+    """What the features of the same images are in float, with every row at A8, and with one row at A4 (one for each).
 
-    ``worth``: the rows, those first that should be at A4 first.
+    Features [n, F], float64.
     """
-    kind, _, value = name.partition(":")
+
+    in_float: Tensor
+    uniform: Tensor
+    single: Sequence[Tensor]
+
+    def distance(self, chosen: Iterable[int]) -> float:
+        """Fréchet distance to float of each image's f = f(uniform) + sum over chosen rows of (f(row) - f(uniform))."""
+        features = self.uniform + sum((self.single[r] - self.uniform for r in chosen), torch.zeros(()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # few samples: the rows of the result say so
+            return frechet_distance(features, self.in_float)
+
+
+@functools.cache
+def ranking(effects: RowEffects, count: int) -> list[tuple[float, tuple[int, ...]]]:
+    """(distance, rows) of every choice of ``count`` rows, the least distance first."""
+    choices = itertools.combinations(range(len(effects.single)), count)
+    return sorted((effects.distance(chosen), chosen) for chosen in choices)
+
+
+def plan_of(name: str, rows: int, effects: RowEffects | None = None) -> tuple[str | tuple[str, ...], float | None]:
+    """A recipe's plan; "random:SHARE", "frechet:SHARE:K" and "row:R" name the rows at A4.
+
+    Returns:
+        The plan, and the Fréchet distance that ``effects`` predict for it where it was chosen by that.
+    """
+    kind, *values = name.split(":")
+    predicted = None
     if kind == "row":
-        chosen = {int(value)}
+        chosen: Iterable[int] = {int(values[0])}
     elif kind == "random":
-        chosen = set(random.Random(0).sample(range(rows), round(float(value) * rows)))
+        chosen = random.Random(0).sample(range(rows), round(float(values[0]) * rows))
     elif kind == "frechet":
-        chosen = set(worth[: round(float(value) * rows)])
+        assert effects is not None
+        predicted, chosen = ranking(effects, round(float(values[0]) * rows))[int(values[1]) - 1]
     else:
-        return name
-    return tuple("A4" if r in chosen else "A8" for r in range(rows))
+        return name, None
+    return tuple("A4" if r in set(chosen) else "A8" for r in range(rows)), predicted
 
 
 class Plans:
@@ -76,41 +115,58 @@ class Plans:
         self.calibration = qe.calibrate(demo.unet, self.scheduler, steps=self.steps, samples=2 if quick else 64, seed=0)
         self.calibrated = round(time.perf_counter() - start, 2)
 
-    def rows(self, asked: Sequence[tuple[str, str]], seed: int, worth: Sequence[int] = ()) -> list[dict[str, Any]]:
-        """One row for each (recipe, plan); all share one float trajectory."""
-        models, spent = {}, {}
+    def rows(
+        self, asked: Sequence[tuple[str, str]], seed: int, effects: RowEffects | None = None
+    ) -> tuple[list[dict[str, Any]], dict[str, Comparison]]:
+        """One row for each (recipe, plan), and what it was made of; all share one float trajectory."""
+        models, spent, predicted = {}, {}, {}
         for key in asked:
             start = time.perf_counter()
-            recipe = qe.Recipe.named(key[0], plan=plan_of(key[1], self.steps, worth))
+            plan, predicted[key] = plan_of(key[1], self.steps, effects)
+            recipe = qe.Recipe.named(key[0], plan=plan)
             models[key] = qe.quantize(self.unet, self.calibration, recipe, cache_dir=self.cache / key[0])
             spent[key] = round(time.perf_counter() - start, 2)
             print(f"{' '.join(key)}: {spent[key]} s", file=sys.stderr, flush=True)
-        named = {str(key): model for key, model in models.items()}
+        named = {" ".join(key): model for key, model in models.items()}
         settings: dict[str, Any] = {"steps": self.steps, "samples": self.samples, "seed": seed}
         results = compare_all(named, self.unet, self.scheduler, batch=32, step_sqnr=False, **settings)
-        return [
+        found = [
             {
-                **row(model.recipe, model, results[str(key)], {"calibration_seconds": self.calibrated}),
+                **row(model.recipe, model, results[" ".join(key)], {"calibration_seconds": self.calibrated}),
                 "quantization_seconds": spent[key],
                 "plan": key[1],
                 "seed": seed,
                 "modes": " ".join(mode[1:] for mode in model.table.modes),
                 "switchable_fraction": switchable_fraction(model.table.modes),
-                "frechet_note": results[str(key)].perception.frechet_note,
-                "class_accuracy": results[str(key)].perception.class_accuracy,
+                "frechet_predicted": predicted[key],
+                "frechet_note": results[" ".join(key)].perception.frechet_note,
+                "class_accuracy": results[" ".join(key)].perception.class_accuracy,
             }
             for key, model in models.items()
         ]
+        return found, results
+
+
+def row_effects(results: Mapping[str, Comparison], rows: int) -> RowEffects:
+    """The features of single rows' images, by the bundled classifier."""
+    classifier = digit_classifier()
+
+    def features(name: str) -> Tensor:
+        return extract(classifier, results[f"w4a8 {name}"].images)[0]
+
+    in_float = extract(classifier, results["w4a8 uniform"].float_images)[0]
+    return RowEffects(in_float, features("uniform"), [features(f"row:{r}") for r in range(rows)])
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """Single rows first, then the plans, one of which follows from them."""
+    """Single rows first, then the plans, some of which follow from them."""
     with tempfile.TemporaryDirectory() as folder:
         plans = Plans(quick, Path(folder))
-        singles = plans.rows([("w4a8", f"row:{r}") for r in range(plans.steps)], ROW_SEED)
-        costs = [single["frechet_to_float"] or 0.0 for single in singles]
-        worth = sorted(range(plans.steps), key=costs.__getitem__)
-        return plans.rows(ASKED[:4] if quick else ASKED, SEED, worth) + singles
+        singles = [("w4a8", "uniform"), *(("w4a8", f"row:{r}") for r in range(plans.steps))]
+        single_rows, results = plans.rows(singles, ROW_SEED)
+        if quick:  # too few images for a Fréchet distance
+            return plans.rows(ASKED[:4], SEED)[0] + single_rows
+        return plans.rows(ASKED, SEED, row_effects(results, plans.steps))[0] + single_rows
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+CHANGED = "+changes"  # after a commit whose sources were edited
 MACHINE_KEYS = ("torch", "triton", "date", "commit")  # and "cpu" or "gpu"
 KEYS = {
     "kernels": (
@@ -64,7 +65,7 @@ def machine(device: str = "cpu", commit: str | None = None) -> dict[str, Any]:
         "triton": _version("triton"),
         "openvino": _version("openvino"),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or _commit(),
+        "commit": commit or head(),
     }
 
 
@@ -120,8 +121,8 @@ def _version(package: str) -> str | None:
     return metadata.version(package) if importlib.util.find_spec(package) is not None else None
 
 
-def _commit() -> str | None:
-    """Hash of HEAD, marked where the tree differs from it; None outside a repository."""
+def head() -> str | None:
+    """Hash of the checked-out commit, marked where the sources differ from it; None outside a repository."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -130,9 +131,9 @@ def _commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    head = git("rev-parse", "--verify", "HEAD")
+    found = git("rev-parse", "--verify", "HEAD")
     changed = git("status", "--porcelain", "--", "qdiff_engine", "csrc", "kernels")
-    return f"{head}+changes" if head and changed else head
+    return f"{found}{CHANGED}" if found and changed else found
 
 
 def write(

@@ -6,6 +6,7 @@ import dataclasses
 from types import ModuleType
 
 import pytest
+import torch
 
 from benchmarks import corrections, gates, plans, reconstruction
 from benchmarks.fidelity import UNCLAMPED, Contestant
@@ -29,11 +30,21 @@ def test_sections_have_names_of_their_own(benchmark_module: ModuleType) -> None:
 
 
 def test_plans_that_the_benchmark_makes_itself() -> None:
-    assert plans.plan_of("row:1", 3) == ("A8", "A4", "A8")
-    assert plans.plan_of("frechet:0.5", 4, (2, 0, 1, 3)) == ("A4", "A8", "A4", "A8")
-    drawn = plans.plan_of("random:0.2", 20)
-    assert drawn == plans.plan_of("random:0.2", 20) and drawn.count("A4") == 4 and len(drawn) == 20
-    assert plans.plan_of("budget:0.9", 20) == "budget:0.9"
+    assert plans.plan_of("row:1", 3) == (("A8", "A4", "A8"), None)
+    drawn, _ = plans.plan_of("random:0.2", 20)
+    assert drawn == plans.plan_of("random:0.2", 20)[0] and drawn.count("A4") == 4 and len(drawn) == 20
+    assert plans.plan_of("budget:0.9", 20) == ("budget:0.9", None)
+
+
+def test_rows_whose_effects_cancel_are_found() -> None:
+    features = torch.randn(100, 3, generator=torch.Generator().manual_seed(0)).double()
+    shifts = [torch.tensor([shift, 0.0, 0.0], dtype=torch.float64) for shift in (0.5, 4.0, 1.0, -3.9)]
+    effects = plans.RowEffects(features, features, [features + shift for shift in shifts])
+    for chosen in ((1,), (0, 2), (0, 1, 2, 3)):  # equal covariances: the squared distance of the means is left
+        assert effects.distance(chosen) == pytest.approx(float(sum(shifts[r] for r in chosen).square().sum()))
+    assert plans.plan_of("frechet:0.25:1", 4, effects) == (("A4", "A8", "A8", "A8"), pytest.approx(0.25))
+    assert plans.plan_of("frechet:0.5:1", 4, effects) == (("A8", "A4", "A8", "A4"), pytest.approx(0.01))
+    assert plans.plan_of("frechet:0.5:2", 4, effects)[0] == ("A4", "A8", "A4", "A8")
 
 
 def test_every_contestant_is_a_valid_recipe() -> None:
@@ -41,7 +52,7 @@ def test_every_contestant_is_a_valid_recipe() -> None:
     learnt = reconstruction.corrected(
         reconstruction.rounded("w4a4", "nearest") + reconstruction.aligned("w4a4", "adaround")
     )
-    for contestant in (*corrected, *learnt, *gates.CORRECTED, *gates.LEARNT):
+    for contestant in (*corrected, *learnt, *gates.CORRECTED, *gates.MIXED, *gates.LEARNT):
         contestant.recipe()
         check_align(contestant.align)
         check_correct(contestant.correction.removesuffix(UNCLAMPED))
