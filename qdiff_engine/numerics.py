@@ -3,6 +3,7 @@
 Activations (per tensor, asymmetric, ``bits`` b in {4, 8}):
     q = clamp(round_half_even(x * inv_s) + z, -2^(b-1), 2^(b-1) - 1),   inv_s = float32(1 / s),   x ~ s (q - z)
 Weights (per output channel, symmetric): int8 in [-127, 127], int4 in [-8, 7],   w ~ s_w q_w.
+A linear layer may have a scale for every group along K, too:   w[n, k] ~ s_w[n, k // K'] q_w[n, k].
 
 A quantised activation is held as ``int8`` (q itself) or as ``uint8`` (q + 128, what x86 integer units read).
 """
@@ -92,11 +93,28 @@ def affine_from_range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Ten
     return scale, torch.where(width > tiny, zero_point, torch.zeros_like(zero_point))
 
 
+def weight_scales(scale: Tensor, weight: Tensor) -> Tensor:
+    """The scale of every weight, in a shape that multiplies ``weight`` [N, ...].
+
+    scale: [N]; or [N, G] for a ``weight`` [N, K], a column for each of G groups of K / G along K.
+    """
+    if scale.dim() == 1:
+        return scale.reshape(-1, *[1] * (weight.dim() - 1))
+    return scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1)
+
+
+def fits_weight(scale: Tensor, weight: Tensor) -> bool:
+    """Whether ``scale`` has a form that `weight_scales` takes: [N], or [N, G] with G > 1 that divides K."""
+    if scale.dim() == 1:
+        return scale.shape == weight.shape[:1]
+    grouped = scale.dim() == weight.dim() == 2 and scale.shape[0] == weight.shape[0] and scale.shape[1] > 1
+    return grouped and weight.shape[1] % scale.shape[1] == 0
+
+
 def quantize_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """q_w[n, ...] = clamp(round_half_even(w / s_w[n])) as int8; ``weight`` [N, ...], ``scale`` [N]."""
+    """q_w = clamp(round_half_even(w / s_w)) as int8; ``weight`` [N, ...], ``scale`` [N], or [N, G] by groups of K."""
     low, high = weight_range(bits)
-    per_channel = scale.reshape(-1, *[1] * (weight.dim() - 1))
-    return torch.round(weight / per_channel).clamp_(low, high).to(torch.int8)
+    return torch.round(weight / weight_scales(scale, weight)).clamp_(low, high).to(torch.int8)
 
 
 def pack_int4(values: Tensor) -> Tensor:

@@ -156,13 +156,14 @@ def rounded_layers(
         table = make_table(calibration, recipe, (mode,) * len(calibration.timesteps))
         groups = recipe.row_group() if recipe.step_sizes == "learnt" else None
         learning = (recipe.learn_iterations, groups, recipe.learn_samples)
-        settings = ReconstructionSettings(recipe.weights, recipe.weight_bits, *learning, device)
+        settings = ReconstructionSettings(recipe.weights, recipe.weight_bits, *learning, device, recipe.weight_group)
         found = reconstruct(calibration, table, settings, cache_dir, on_layer, on_progress, on_start)
         return found.layers, None if groups is None else found.table
     rounded = {}
     for node in layers(calibration.capture.graph):
         parts, inputs = segments(node, calibration.capture.constants), recorded_inputs(calibration, node)
-        rounded[node.kwargs["layer"]] = round_layer(parts, layer_bits(node, recipe.weight_bits), inputs, nearest)
+        bits = layer_bits(node, recipe.weight_bits)
+        rounded[node.kwargs["layer"]] = round_layer(parts, bits, inputs, nearest, recipe.weight_group)
         if on_layer is not None:
             on_layer(node.kwargs["layer"])
     return rounded, None

@@ -11,6 +11,7 @@ from .plan_requests import MODE_BITS, PlanRequest, parse_plan
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "weight_bits": (4, 8),
+    "weight_group": (0, 64, 128),
     "activation_bits": (4, 8, 16),
     "observer": ("minmax", "percentile", "mse"),
     "weights": ("nearest", "gptq", "adaround"),
@@ -51,6 +52,8 @@ class Recipe:
             "preset:NAME" (a published split); or the mode ("A4", "A8", "A16") of every row, noisiest step first.
         weights: how weights are rounded: "nearest" (with the scale of least output error per channel), "gptq" (each
             rounding error made good by the weights still to come) or "adaround" (learnt from there, block by block).
+        weight_group: how many inputs of a linear layer share a weight scale, 64 or 128, where that divides their
+            number; 0 for one scale per output.
         learn_iterations: of each block, with "adaround"; 0 learns nothing and leaves nearest rounding.
         learn_samples: how many inputs of the network "gptq" and "adaround" see, evenly from all rows: one of each at
             least, and no more than fit into 2 GiB between two layers.
@@ -74,6 +77,7 @@ class Recipe:
     activation_bits: int = 8
     plan: str | tuple[str, ...] = "uniform"
     weights: str = "nearest"
+    weight_group: int = 0
     learn_iterations: int = 500
     learn_samples: int = 256
     step_sizes: str = "observed"

@@ -121,9 +121,18 @@ def int_gemm(
     residual: Tensor | None = None,
     output_scale: Tensor | None = None,
 ) -> Tensor:
-    """y[m, n] = s s_w[n] o[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n] in float64."""
-    acc = gemm_accumulators(q, weight) - zero_point * weight.to(torch.int64).sum(1)
-    y = acc.double() * (scale * weight_scale.double() * (1.0 if output_scale is None else output_scale.double()))
+    """y[m, n] = sum over g of s s_w[n, g] o[n] (acc[m, n, g] - z wsum[n, g]) + bias[n] + residual[m, n] in float64.
+
+    Args:
+        weight_scale: [N], or [N, G] for G groups along K.
+    """
+    scales = weight_scale.double().reshape(len(weight), -1) * scale
+    if output_scale is not None:
+        scales = scales * output_scale.double()[:, None]
+    y = torch.zeros((), dtype=torch.float64)
+    groups = scales.shape[1]
+    for part, w, s in zip(q.chunk(groups, -1), weight.chunk(groups, 1), scales.T, strict=True):
+        y = y + (gemm_accumulators(part, w) - zero_point * w.to(torch.int64).sum(1)).double() * s
     for term in (bias, residual):
         y = y if term is None else y + term.double()
     return y

@@ -1,8 +1,9 @@
-"""float weights -> integers: interchangeable functions ``(weight, bits, inputs, hessian) -> QuantizedWeight``.
+"""float weights -> integers: interchangeable functions ``(weight, bits, inputs, hessian, group) -> QuantizedWeight``.
 
 ``inputs`` [P, K] are vectors that the layer's weights really multiply, drawn from the calibration trajectories over
 all rows, and ``hessian`` [K, K] the second moments of more of them; they tell which rounding errors the layer's output
-feels. Where the bias absorbs the mean error, both are about the mean.
+feels. Where the bias absorbs the mean error, both are about the mean. With ``group``, a linear layer's weights have a
+scale for every so many inputs, if that divides K; else, and with 0, one for each output.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from . import numerics
 from .weights import QuantizedWeight
 
-Rounder = Callable[..., QuantizedWeight]  # (weight, bits, inputs=None, hessian=None)
+Rounder = Callable[..., QuantizedWeight]  # (weight, bits, inputs=None, hessian=None, group=0)
 
 _SHRINK = {8: torch.linspace(0.80, 1.0, 41).tolist(), 4: torch.linspace(0.50, 1.10, 49).tolist()}
 _SEARCH_INPUTS = 512  # vectors that the scale search looks at
@@ -23,16 +24,21 @@ _DAMP = 0.01  # of the Hessian's mean diagonal, as GPTQ does
 _BLOCK = 128
 
 
-def search_scale(weight: Tensor, bits: int, inputs: Tensor | None = None) -> Tensor:
+def search_scale(weight: Tensor, bits: int, inputs: Tensor | None = None, group: int = 0) -> Tensor:
     """s_w[n] = argmin over shrunk ranges of sum_p (sum_k (w[n,k] - s q[n,k]) x[p,k])^2, nearest rounding.
 
     Args:
         weight: float32 [N, K].
         inputs: float32 [P, K]; without them the squared error of the weights themselves is least.
+        group: > 0 gives every so many of K, which they divide, a scale of their own.
 
     Returns:
-        float32 [N]; 1 for a row of zeros.
+        float32 [N], or [N, K / group]; 1 for a row of zeros.
     """
+    if group:
+        of_groups = [None] * (weight.shape[1] // group) if inputs is None else inputs.split(group, 1)
+        parts = zip(weight.split(group, 1), of_groups, strict=True)
+        return torch.stack([search_scale(part, bits, x) for part, x in parts], 1)
     full = weight.abs().amax(1) / numerics.weight_range(bits)[1]
     full = torch.where(full > torch.finfo(torch.float32).tiny, full, torch.ones_like(full))
     if inputs is not None:
@@ -47,14 +53,24 @@ def search_scale(weight: Tensor, bits: int, inputs: Tensor | None = None) -> Ten
     return best
 
 
-def nearest(weight: Tensor, bits: int, inputs: Tensor | None = None, hessian: Tensor | None = None) -> QuantizedWeight:
+def _own_group(weight: Tensor, group: int) -> int:
+    """The size of the groups that a layer's weights have; 0 for a single one."""
+    fits = group > 0 and weight.dim() == 2 and weight.shape[1] > group and weight.shape[1] % group == 0
+    return group if fits else 0
+
+
+def nearest(
+    weight: Tensor, bits: int, inputs: Tensor | None = None, hessian: Tensor | None = None, group: int = 0
+) -> QuantizedWeight:
     """q = round(w / s_w) with the scale of least output error per channel (`search_scale`); no use for ``hessian``."""
     flat = weight.float().flatten(1)
-    scale = search_scale(flat, bits, inputs)
+    scale = search_scale(flat, bits, inputs, _own_group(weight, group))
     return QuantizedWeight(numerics.quantize_weight(weight.float(), scale, bits), scale, bits)
 
 
-def gptq(weight: Tensor, bits: int, inputs: Tensor | None = None, hessian: Tensor | None = None) -> QuantizedWeight:
+def gptq(
+    weight: Tensor, bits: int, inputs: Tensor | None = None, hessian: Tensor | None = None, group: int = 0
+) -> QuantizedWeight:
     """Round one input channel after another; what each rounding spoils, the channels still to come make good.
 
     With H = X^T X / P + damp I and U the upper Cholesky factor of H^-1, channel k's error e = (w_k - s q_k) / U_kk is
@@ -66,12 +82,14 @@ def gptq(weight: Tensor, bits: int, inputs: Tensor | None = None, hessian: Tenso
     Source: Frantar et al., GPTQ (ICLR 2023), algorithm 1.
     """
     if inputs is None:
-        return nearest(weight, bits)
+        return nearest(weight, bits, group=group)
     flat = weight.float().flatten(1)
-    scale = search_scale(flat, bits, inputs)
+    scale = search_scale(flat, bits, inputs, _own_group(weight, group))
     order, factor = _inverse_factor(second_moments(inputs) if hessian is None else hessian)
     values = torch.empty_like(flat, dtype=torch.int8)
-    values[:, order] = _round_in_order(flat[:, order], scale, factor, bits)
+    by_group = scale.reshape(len(scale), -1)
+    group_of = order // (flat.shape[1] // by_group.shape[1])
+    values[:, order] = _round_in_order(flat[:, order], by_group, group_of.tolist(), factor, bits)
     return QuantizedWeight(values.reshape(weight.shape), scale, bits)
 
 
@@ -91,8 +109,11 @@ def _inverse_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def _round_in_order(weight: Tensor, scale: Tensor, factor: Tensor, bits: int) -> Tensor:
-    """The GPTQ sweep over columns in blocks; ``weight`` [N, K] and ``factor`` [K, K] in the same channel order."""
+def _round_in_order(weight: Tensor, scale: Tensor, group_of: list[int], factor: Tensor, bits: int) -> Tensor:
+    """The GPTQ sweep over columns in blocks; ``weight`` [N, K] and ``factor`` [K, K] in the same channel order.
+
+    scale: [N, G], of which column k has ``scale[:, group_of[k]]``.
+    """
     weight, (low, high) = weight.clone(), numerics.weight_range(bits)
     values = torch.empty_like(weight, dtype=torch.int8)
     for start in range(0, weight.shape[1], _BLOCK):
@@ -100,9 +121,10 @@ def _round_in_order(weight: Tensor, scale: Tensor, factor: Tensor, bits: int) ->
         local, local_factor = weight[:, block].T.contiguous(), factor[block, block]
         errors = torch.empty_like(local)
         for k in range(len(local)):
-            q = torch.round(local[k] / scale).clamp_(low, high)
+            own = scale[:, group_of[start + k]]
+            q = torch.round(local[k] / own).clamp_(low, high)
             values[:, start + k] = q.to(torch.int8)
-            errors[k] = (local[k] - q * scale) / local_factor[k, k]
+            errors[k] = (local[k] - q * own) / local_factor[k, k]
             local[k + 1 :].addr_(local_factor[k, k + 1 :], errors[k], alpha=-1)
         weight[:, block.stop :] -= errors.T @ factor[block, block.stop :]
     return values

@@ -16,11 +16,11 @@ _CHUNK = 2**22
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """w[n, ...] ~ scale[n] * values[n, ...].
+    """w[n, ...] ~ scale[n] * values[n, ...], or scale[n, k // K'] * values[n, k] with groups of K' along K.
 
     Args:
         values: int8 [Cout, Cin / groups, R, S] (convolution) or [N, K] (linear), within the range of ``bits``.
-        scale: float32 [Cout], positive.
+        scale: float32 [Cout], positive; or [N, K / K'] of a linear layer with groups.
         bits: 4 or 8.
     """
 
@@ -35,9 +35,10 @@ class QuantizedWeight:
                 f"values must be a non-empty int8 tensor of 2 or 4 dimensions, "
                 f"got {self.values.dtype} {list(self.values.shape)}"
             )
-        if self.scale.dtype != torch.float32 or self.scale.shape != self.values.shape[:1]:
+        if self.scale.dtype != torch.float32 or not numerics.fits_weight(self.scale, self.values):
             raise ValueError(
-                f"scale must be float32 [{self.values.shape[0]}], got {self.scale.dtype} {list(self.scale.shape)}"
+                f"scale must be float32 [{self.values.shape[0]}], or with a column for each of several equal groups "
+                f"of a linear layer's K, got {self.scale.dtype} {list(self.scale.shape)}"
             )
         if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
             raise ValueError("scale must be positive and finite everywhere")
@@ -50,9 +51,13 @@ class QuantizedWeight:
         """The same integers on ``device``."""
         return dataclasses.replace(self, values=self.values.to(device), scale=self.scale.to(device))
 
+    def rescaled(self, factor: Tensor) -> QuantizedWeight:
+        """The same integers with the scales of output n multiplied by ``factor`` [Cout]."""
+        return dataclasses.replace(self, scale=self.scale * factor.reshape(-1, *[1] * (self.scale.dim() - 1)))
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """w = scale * values in the weight's own shape."""
-        return self.values.to(dtype) * self.scale.to(dtype).reshape(-1, *[1] * (self.values.dim() - 1))
+        return self.values.to(dtype) * numerics.weight_scales(self.scale.to(dtype), self.values)
 
     def stored(self) -> Tensor:
         """[Cout, K] with K in (r, s, c) order: int8, or uint8 [Cout, ceil(K / 2)] for 4 bits."""

@@ -246,13 +246,20 @@ def calibration(name: str) -> Calibration:
 
 
 @functools.cache
+def bundled_unet() -> nn.Module:
+    """The bundled network; shared, so a test that changes it copies it first."""
+    from qdiff_engine.models import demo_model
+
+    return demo_model().unet
+
+
+@functools.cache
 def bundled_calibration() -> Calibration:
     """The bundled network, calibrated on ten DDIM steps of the scheduler that it was trained with."""
     from qdiff_engine.models import ddim as ddim_like
     from qdiff_engine.models import demo_model
 
-    demo = demo_model()
-    return calibrate(demo.unet, ddim_like(demo.scheduler), steps=10, samples=4)
+    return calibrate(bundled_unet(), ddim_like(demo_model().scheduler), steps=10, samples=4)
 
 
 @functools.cache

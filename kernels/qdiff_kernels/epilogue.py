@@ -104,9 +104,9 @@ def stored(
 def finished(
     acc, rows, in_range, first_column, N, quantization, weight_scale, weight_sum, class_index, image_pixels, bias, temb,
     residual, pixels, out, out_quantization, statistics, first_row, M, X_BITS: tl.constexpr, OUT_BITS: tl.constexpr,
-    OUT_PACKED: tl.constexpr, CHUNK: tl.constexpr, ASM: tl.constexpr,
+    OUT_PACKED: tl.constexpr, CHUNK: tl.constexpr, ASM: tl.constexpr, SCALED: tl.constexpr = False,
 ):  # fmt: skip
-    """Scales a tile's accumulators, adds the terms and stores the result; wide tiles in halves.
+    """Scales a tile's accumulators, unless they are SCALED, adds the terms and stores the result; wide tiles in halves.
 
     One half's addresses and floats are gone before the other's are needed: together they would spill registers.
     """
@@ -116,19 +116,21 @@ def finished(
         finished(
             left, rows, in_range, first_column, N, quantization, weight_scale, weight_sum, class_index, image_pixels,
             bias, temb, residual, pixels, out, out_quantization, statistics, first_row, M, X_BITS, OUT_BITS, OUT_PACKED,
-            CHUNK, ASM,
+            CHUNK, ASM, SCALED,
         )  # fmt: skip
         finished(
             right, rows, in_range, first_column + HALF, N, quantization, weight_scale, weight_sum, class_index,
             image_pixels, bias, temb, residual, pixels, out, out_quantization, statistics, first_row, M, X_BITS,
-            OUT_BITS, OUT_PACKED, CHUNK, ASM,
+            OUT_BITS, OUT_PACKED, CHUNK, ASM, SCALED,
         )  # fmt: skip
     else:
         columns = first_column + tl.arange(0, acc.shape[1])[None, :]
         inside = in_range & (columns < N)
-        y = scaled(
-            acc, rows, columns, inside, N, quantization, weight_scale, weight_sum, class_index, image_pixels, X_BITS
-        )
+        y = acc
+        if not SCALED:
+            y = scaled(
+                acc, rows, columns, inside, N, quantization, weight_scale, weight_sum, class_index, image_pixels, X_BITS
+            )
         y = with_terms(y, rows, columns, inside, N, bias, temb, residual, pixels)
         summarised(y, first_row, first_column, M, N, out, statistics, CHUNK)
         stored(y, rows, in_range, first_column, N, out, out_quantization, OUT_BITS, OUT_PACKED, ASM)
@@ -160,8 +162,12 @@ def _reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ASM: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
-    """Sums the partial accumulators [SPLITS, M, N] of a product split along K, always in the same order."""
+    """Sums the partial accumulators [SPLITS, M, N] of a product split along K, always in the same order.
+
+    SCALED: they are floating point, each group's accumulators times its scales.
+    """
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     columns = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     in_range = rows < M
@@ -170,7 +176,11 @@ def _reduce_kernel(
     acc = tl.load(workspace + rows * N + columns, mask=inside, other=0)
     for split in range(1, SPLITS):
         acc += tl.load(workspace + (split * M + rows) * N + columns, mask=inside, other=0)
-    y = scaled(acc, rows, columns, inside, N, quantization, weight_scale, weight_sum, class_index, image_pixels, X_BITS)
+    y = acc
+    if not SCALED:
+        y = scaled(
+            acc, rows, columns, inside, N, quantization, weight_scale, weight_sum, class_index, image_pixels, X_BITS
+        )
     y = with_terms(y, rows, columns, inside, N, bias, temb, residual, pixels)
     summarised(y, tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, M, N, out, statistics, CHUNK)
     stored(

@@ -1,5 +1,7 @@
 """int_gemm: y[m, n] = s s_w[n] (acc[m, n] - z wsum[n]) + bias[n] + temb[b, n] + residual[m, n], acc = sum_k q w.
 
+With groups along K, y[m, n] = sum over g of s s_w[g, n] (acc[m, n, g] - z wsum[g, n]) + ...: floats add up the groups.
+
 Activations int8 (8 or 4 bits wide), 4 bits packed, or floating (mode A16); weights int8 or 4 bits packed; registers
 unpack them. With GEGLU the weight's first half makes values and its second gates, and one program computes both.
 """
@@ -21,6 +23,66 @@ from .epilogue import _reduce_kernel, finished, scaled, stored
 from .operands import check_activations, chunk_of, is_wide, output_form, x_bits
 from .packing import BLOCK, KernelWeight, packed_width
 from .tiles import DESCRIPTOR_ALIGNMENT, GROUP_M, INTERPRETED, Launch, Tile, architecture, choose, paired
+
+
+@triton.jit
+def _accumulated(
+    x, weight, acc, first_row, first_column, weight_row, M, N, K, K_PADDED, stride_xm, first, last, BITS: tl.constexpr,
+    X_BITS: tl.constexpr, FLOATING: tl.constexpr, EVEN_K: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_K: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """acc [BLOCK_M, BLOCK_N] plus the blocks first .. last of K, for the tile at a row of x and a column of the output.
+
+    weight_row: the weight's row for column 0: 0, or N for gates.
+    """
+    if DESCRIPTORS:
+        acc = descriptor_product(
+            x, weight, first_row, weight_row + first_column, acc, first, last, BITS, X_BITS, BLOCK_K, ASM
+        )
+    else:
+        # indices past the end wrap around: their results are not stored, and nothing needs a mask
+        rows = (first_row + tl.arange(0, acc.shape[0])) % M
+        weight_rows = (first_column + tl.arange(0, acc.shape[1])) % N + weight_row
+        weight_bytes = K_PADDED if BITS == 8 else K_PADDED // 2
+        acc = product(
+            x + offsets(rows, WIDE)[:, None] * stride_xm, weight + offsets(weight_rows, WIDE)[:, None] * weight_bytes,
+            acc, first, last, K, K_PADDED, BITS, X_BITS, FLOATING, EVEN_K, BLOCK_K, ASM,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def _tile_product(
+    x, weight, quantization, weight_scale, weight_sum, first_row, first_column, weight_row, M, N, K, K_PADDED,
+    stride_xm, first, last, BITS: tl.constexpr, X_BITS: tl.constexpr, ROWS_PER_COLUMN: tl.constexpr,
+    GROUP_BLOCKS: tl.constexpr, EVEN_K: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """The accumulators of a tile over the blocks first .. last of K; or over the groups first .. last, scaled.
+
+    A group is GROUP_BLOCKS blocks (0: there are none), and its scales and sums are ROWS_PER_COLUMN N apart.
+    """
+    FLOATING: tl.constexpr = quantization is None
+    zeros = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32 if FLOATING else tl.int32)
+    if GROUP_BLOCKS == 0:
+        y = _accumulated(
+            x, weight, zeros, first_row, first_column, weight_row, M, N, K, K_PADDED, stride_xm, first, last, BITS,
+            X_BITS, FLOATING, EVEN_K, DESCRIPTORS, WIDE, BLOCK_K, ASM,
+        )  # fmt: skip
+    else:
+        y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        columns = (first_column + tl.arange(0, BLOCK_N))[None, :]
+        for group in range(first, last):
+            acc = _accumulated(
+                x, weight, zeros, first_row, first_column, weight_row, M, N, K, K_PADDED, stride_xm,
+                group * GROUP_BLOCKS, (group + 1) * GROUP_BLOCKS, BITS, X_BITS, FLOATING, EVEN_K, DESCRIPTORS, WIDE,
+                BLOCK_K, ASM,
+            )  # fmt: skip
+            at = group * ROWS_PER_COLUMN * N + weight_row
+            y += scaled(
+                acc, None, columns, None, N, quantization, weight_scale + at, weight_sum + at, None, None, X_BITS
+            )
+    return y
 
 
 @triton.jit
@@ -48,6 +110,7 @@ def _int_gemm_kernel(
     OUT_BITS: tl.constexpr,
     OUT_PACKED: tl.constexpr,
     GEGLU: tl.constexpr,
+    GROUP_BLOCKS: tl.constexpr,
     EVEN_K: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -59,28 +122,19 @@ def _int_gemm_kernel(
     GROUP_M: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    FLOATING: tl.constexpr = quantization is None
-    ACC: tl.constexpr = tl.float32 if FLOATING else tl.int32
+    SCALED: tl.constexpr = GROUP_BLOCKS > 0
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     split = tl.program_id(1)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    blocks = tl.cdiv(K, BLOCK_K)
-    first = split * blocks // SPLITS
-    last = (split + 1) * blocks // SPLITS
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    if DESCRIPTORS:
-        acc = descriptor_product(
-            x, weight, tile_m * BLOCK_M, tile_n * BLOCK_N, acc, first, last, BITS, X_BITS, BLOCK_K, ASM
-        )
-    else:
-        # indices past the end wrap around: their results are not stored, and nothing needs a mask
-        x_rows = x + offsets(rows % M, WIDE)[:, None] * stride_xm
-        weight_bytes = K_PADDED if BITS == 8 else K_PADDED // 2
-        weight_rows = weight + offsets(columns % N, WIDE)[:, None] * weight_bytes
-        acc = product(
-            x_rows, weight_rows, acc, first, last, K, K_PADDED, BITS, X_BITS, FLOATING, EVEN_K, BLOCK_K, ASM
-        )  # fmt: skip
+    parts = tl.cdiv(K, BLOCK_K * GROUP_BLOCKS if SCALED else BLOCK_K)
+    first = split * parts // SPLITS
+    last = (split + 1) * parts // SPLITS
+    acc = _tile_product(
+        x, weight, quantization, weight_scale, weight_sum, tile_m * BLOCK_M, tile_n * BLOCK_N, 0, M, N, K, K_PADDED,
+        stride_xm, first, last, BITS, X_BITS, 2 if GEGLU else 1, GROUP_BLOCKS, EVEN_K, DESCRIPTORS, WIDE, BLOCK_M,
+        BLOCK_N, BLOCK_K, ASM,
+    )  # fmt: skip
     at_rows = offsets(rows, WIDE)[:, None]
     at_columns = columns[None, :]
     in_range = at_rows < M
@@ -90,23 +144,21 @@ def _int_gemm_kernel(
     else:
         at_rows = tl.where(in_range, at_rows, 0)
         if GEGLU:
-            y = scaled(
-                acc, at_rows, at_columns, inside, N, quantization, weight_scale, weight_sum, None, pixels, X_BITS
-            )
-            gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-            if DESCRIPTORS:
-                gate = descriptor_product(
-                    x, weight, tile_m * BLOCK_M, N + tile_n * BLOCK_N, gate, first, last, BITS, X_BITS, BLOCK_K, ASM
+            y = acc
+            if not SCALED:
+                y = scaled(
+                    acc, at_rows, at_columns, inside, N, quantization, weight_scale, weight_sum, None, pixels, X_BITS
                 )
-            else:
-                gates = weight + offsets(columns % N + N, WIDE)[:, None] * weight_bytes
-                gate = product(
-                    x_rows, gates, gate, first, last, K, K_PADDED, BITS, X_BITS, FLOATING, EVEN_K, BLOCK_K, ASM
-                )
-            g = scaled(
-                gate, at_rows, at_columns, inside, N, quantization, weight_scale + N, weight_sum + N, None, pixels,
-                X_BITS,
+            g = _tile_product(
+                x, weight, quantization, weight_scale, weight_sum, tile_m * BLOCK_M, tile_n * BLOCK_N, N, M, N, K,
+                K_PADDED, stride_xm, first, last, BITS, X_BITS, 2, GROUP_BLOCKS, EVEN_K, DESCRIPTORS, WIDE, BLOCK_M,
+                BLOCK_N, BLOCK_K, ASM,
             )  # fmt: skip
+            if not SCALED:
+                g = scaled(
+                    g, at_rows, at_columns, inside, N, quantization, weight_scale + N, weight_sum + N, None, pixels,
+                    X_BITS,
+                )  # fmt: skip
             if bias is not None:
                 y += tl.load(bias + at_columns, mask=at_columns < N, other=0.0).to(tl.float32)
                 g += tl.load(bias + N + at_columns, mask=at_columns < N, other=0.0).to(tl.float32)
@@ -116,7 +168,7 @@ def _int_gemm_kernel(
             finished(
                 acc, at_rows, in_range, tile_n * BLOCK_N, N, quantization, weight_scale, weight_sum, None, pixels, bias,
                 temb, residual, pixels, out, out_quantization, statistics, tile_m * BLOCK_M, M, X_BITS, OUT_BITS,
-                OUT_PACKED, CHUNK, ASM,
+                OUT_PACKED, CHUNK, ASM, SCALED,
             )  # fmt: skip
 
 
@@ -152,7 +204,7 @@ def int_gemm(
         launch: tile, splits and how operands are read; chosen from `tiles` by default.
     """
     k, width = weight.k, x.shape[-1]
-    n = len(weight.scale) // 2 if geglu else len(weight.scale)
+    n = weight.rows // 2 if geglu else weight.rows
     m = x.numel() // max(1, width)
     _check(x, weight, quantization, bias, temb, residual, geglu, (*x.shape[:-1], n), m, n)
     out_width, dtype = output_form(n, out_dtype, out_quantization, out_bits, out_packed)
@@ -162,11 +214,13 @@ def int_gemm(
     if out.numel():
         alignment = row_alignment(matrix, weight.values)
         launch = launch or chosen_launch(x, m, n, k, alignment=alignment, statistics=chunk > 0)
-        tile, splits = (paired(launch.tile), 1) if geglu else launch[:2]
+        tile, splits = (paired(launch.tile) if geglu or weight.group else launch.tile), 1 if geglu else launch.splits
+        if weight.group:
+            tile = tile._replace(block_k=math.gcd(tile.block_k, weight.group))
         tile = tile._replace(block_n=max(tile.block_n, BLOCK)) if out_packed else tile
         assert tile.block_m >= chunk, "no tile is lower than a chunk"
-        splits = min(splits, triton.cdiv(k, tile.block_k))
-        accumulator = torch.int32 if quantization is not None else torch.float32
+        splits = min(splits, triton.cdiv(k, weight.group or tile.block_k))
+        accumulator = torch.float32 if quantization is None or weight.group else torch.int32
         workspace = torch.empty((splits, m, n), dtype=accumulator, device=x.device) if splits > 1 else None
         padded = weight.values.shape[1] * (1 if weight.bits == 8 else 2)
         pixels = m if temb is None else m // len(temb)
@@ -179,7 +233,8 @@ def int_gemm(
         _int_gemm_kernel[grid](
             *operands, weight.scale, weight.sums, quantization, bias, temb, residual, out,
             out_quantization, statistics, workspace, m, n, k, padded, matrix.stride(0), pixels, BITS=weight.bits,
-            X_BITS=x_bits(x), OUT_BITS=out_bits, OUT_PACKED=out_packed, GEGLU=geglu, EVEN_K=k % tile.block_k == 0,
+            X_BITS=x_bits(x), OUT_BITS=out_bits, OUT_PACKED=out_packed, GEGLU=geglu,
+            GROUP_BLOCKS=weight.group // tile.block_k, EVEN_K=k % tile.block_k == 0,
             CHUNK=chunk, SPLITS=splits, DESCRIPTORS=launch.descriptors,
             WIDE=is_wide(matrix, weight.values, residual, out, workspace), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k, GROUP_M=GROUP_M, ASM=ASSEMBLY, num_warps=tile.warps, num_stages=tile.stages,
@@ -256,7 +311,7 @@ def reduced(
         workspace, weight.scale, weight.sums, class_index, quantization, bias, temb, residual, out, out_quantization,
         statistics, m, n, image_pixels, pixels, SPLITS=splits, X_BITS=bits, OUT_BITS=out_bits, OUT_PACKED=out_packed,
         CHUNK=chunk, WIDE=is_wide(out, residual, workspace), BLOCK_M=block_m,
-        BLOCK_N=64, ASM=ASSEMBLY,
+        BLOCK_N=64, ASM=ASSEMBLY, SCALED=weight.group > 0,
     )  # fmt: skip
 
 
@@ -277,7 +332,7 @@ def _check(
     if x.shape[-1] != width:
         form = "" if width == weight.k else f" in {width} bytes"
         raise ValueError(f"x must have K = {weight.k} features{form}, got {list(x.shape)}")
-    if geglu and (len(weight.scale) % 2 or temb is not None or residual is not None):
+    if geglu and (weight.rows % 2 or temb is not None or residual is not None):
         raise ValueError("geglu needs an even number of outputs and takes neither temb nor residual")
     rows = 2 * n if geglu else n
     if bias is not None and tuple(bias.shape) != (rows,):

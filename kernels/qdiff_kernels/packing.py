@@ -20,10 +20,20 @@ class KernelWeight(NamedTuple):
     """A weight [N, K] as the kernels read it."""
 
     values: Tensor  # int8 [N, K'], or uint8 [N, K' / 2] split halves; K' = K rounded up to whole blocks of 64
-    scale: Tensor  # float32 [N]
-    sums: Tensor  # int32 [classes, N]: sum over K of the values as the kernel sees them, by border class
+    scale: Tensor  # float32 [N], or [G, N] with one for each of G groups along K
+    sums: Tensor  # int32 [classes, N]: sum over K of the values as the kernel sees them, by border class; or by group
     bits: int
     k: int  # before padding
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.scale.shape[-1]
+
+    @property
+    def group(self) -> int:
+        """How many of K share a scale; 0: all of them."""
+        return 0 if self.scale.dim() == 1 else self.k // self.scale.shape[0]
 
 
 def pack(values: Tensor, scale: Tensor, bits: int, sums: Tensor | None = None) -> KernelWeight:
@@ -31,9 +41,9 @@ def pack(values: Tensor, scale: Tensor, bits: int, sums: Tensor | None = None) -
 
     Args:
         values: int8 [N, K].
-        scale: float32 [N].
+        scale: float32 [N], or [N, G] for G groups along K, each a multiple of 64.
         bits: 8, or 4 for values in [-8, 7].
-        sums: int32 [classes, N] by border class; the sum over all of K by default.
+        sums: int32 [classes, N] by border class; the sum over all of K, or over each group, by default.
     """
     if values.dtype != torch.int8 or values.dim() != 2:
         raise TypeError(f"values must be int8 [N, K], got {values.dtype} {list(values.shape)}")
@@ -42,10 +52,13 @@ def pack(values: Tensor, scale: Tensor, bits: int, sums: Tensor | None = None) -
     if bits == 4 and values.numel() and (int(values.min()) < -8 or int(values.max()) > 7):
         raise ValueError(f"values must lie in [-8, 7] for 4 bits, got {int(values.min())} .. {int(values.max())}")
     n, k = values.shape
+    groups = 1 if scale.dim() == 1 else scale.shape[1]
+    if groups > 1 and k % (groups * BLOCK):
+        raise ValueError(f"groups along K = {k} must be multiples of {BLOCK}, got {groups} groups")
     if sums is None:
-        sums = values.sum(1, dtype=torch.int32)[None]
+        sums = values.reshape(n, groups, k // groups).sum(2, dtype=torch.int32).t()
     padded = torch.nn.functional.pad(values, (0, -k % BLOCK))
-    scale = scale.to(torch.float32).contiguous()
+    scale = scale.to(torch.float32).t().contiguous() if groups > 1 else scale.to(torch.float32).contiguous()
     if bits == 8:
         return KernelWeight(padded.contiguous(), scale, sums.to(torch.int32).contiguous(), 8, k)
     return KernelWeight(pack_rows(values), scale / 16, (16 * sums).to(torch.int32).contiguous(), 4, k)

@@ -126,8 +126,7 @@ class Learnt:
         """The same integers with the learnt scales."""
         return {
             name: tuple(
-                dataclasses.replace(w, scale=w.scale * torch.exp(log).float().cpu())
-                for w, log in zip(parts, self.log_weight[name], strict=True)
+                w.rescaled(torch.exp(log).float().cpu()) for w, log in zip(parts, self.log_weight[name], strict=True)
             )
             for name, parts in self.weights0.items()
         }

@@ -95,6 +95,7 @@ def calibrate(
     sampler: str,
     observer: str,
     weights: str | None,
+    weight_group: str,
     learn_iterations: int,
     learn_samples: int,
     step_sizes: str,
@@ -123,6 +124,7 @@ def calibrate(
     from ..runtime.summary import layer_rows
 
     changes: dict[str, Any] = {"observer": observer, "rows": rows, "edges": edges, "equalise": equalise}
+    changes |= {"weight_group": int(weight_group)}
     changes |= {"learn_iterations": learn_iterations, "learn_samples": learn_samples}
     changes |= {"step_sizes": step_sizes} | ({} if weights is None else {"weights": weights})
     recipe = Recipe.named(recipe_name, **changes)

@@ -12,7 +12,7 @@ from .output import Output, megabytes
 
 
 def rounding_options(function: Function) -> Function:
-    """--weights, --learn-iterations, --learn-samples, --step-sizes."""
+    """--weights, --weight-group, --learn-iterations, --learn-samples, --step-sizes."""
     for option in (
         click.option(
             "--step-sizes",
@@ -27,6 +27,13 @@ def rounding_options(function: Function) -> Function:
             "Inputs that --weights gptq and adaround learn on, one of each step at least; fewer take less memory.",
         ),
         count_option("--learn-iterations", 500, "Of each block, with --weights adaround; 0 learns nothing.", least=0),
+        click.option(
+            "--weight-group",
+            type=click.Choice(["0", "64", "128"]),
+            default="0",
+            show_default=True,
+            help="Inputs of a linear layer that share a weight scale, where that divides their number; 0: all of them.",
+        ),
         click.option(
             "--weights",
             help="How weights are rounded: nearest, gptq or adaround (learnt).  "

@@ -196,6 +196,8 @@ def int_gemm(
 ) -> Tensor:
     """y[m, n] = s s_w[n] o[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n], acc = sum over k of q w.
 
+    With groups along K, the product is the sum over g of s s_w[n, g] o[n] (acc[m, n, g] - z wsum[n, g]).
+
     Args:
         q: int8 (q) or uint8 (q + 128) [..., K]; or floating (mode A16): multiplied with the dequantised weights.
         weight: from `pack_gemm`.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import native, operands, plain
+from .grouped import group_by_group
 from .operands import ConvWeight, GemmWeight, Segment
 
 
@@ -15,6 +16,7 @@ def available() -> tuple[bool, str]:
     return native.available()
 
 
+@group_by_group
 def int_gemm(
     q: Tensor,
     weight: GemmWeight,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import numerics
 from . import operands, plain
+from .grouped import group_by_group
 from .operands import ConvWeight, GemmWeight, Segment, recent
 
 NAME = "onednn"
@@ -59,6 +60,7 @@ def _saturating_test() -> bool:
     )
 
 
+@group_by_group
 def int_gemm(
     q: Tensor,
     weight: GemmWeight,

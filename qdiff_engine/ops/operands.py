@@ -19,13 +19,18 @@ _T = TypeVar("_T")
 
 @dataclass(eq=False)
 class GemmWeight:
-    """Weights of a linear layer, w[n, k] = scale[n] * values[n, k]."""
+    """Weights of a linear layer, w[n, k] = scale[n] * values[n, k], or scale[n, k // (K / G)] * values[n, k]."""
 
     values: Tensor  # int8 [N, K]
-    scale: Tensor  # float32 [N]
-    sums: Tensor  # int32 [N], sum of values over k
+    scale: Tensor  # float32 [N], or [N, G] with one for each of G groups along K
+    sums: Tensor  # int32 like scale, sum of values over k, or over every group
     bits: int = 8  # 4 promises values in [-8, 7], which a backend may keep packed
     prepared: dict[str, Any] = field(default_factory=dict, repr=False)  # backend name -> its own form of the weights
+
+    @property
+    def groups(self) -> int:
+        """G: how many scales along K an output has."""
+        return 1 if self.scale.dim() == 1 else self.scale.shape[1]
 
 
 @dataclass(eq=False)
@@ -92,11 +97,14 @@ def pack_gemm(weight: Tensor, weight_scale: Tensor, bits: int = 8) -> GemmWeight
 
     Args:
         weight: int8 [N, K].
-        weight_scale: float32 [N].
+        weight_scale: float32 [N]; or [N, G] with a scale for each of G > 1 groups of K / G along K.
         bits: 8, or 4 for values in [-8, 7].
     """
     _check_weight(weight, weight_scale, bits, ("N", "K"))
-    return GemmWeight(weight.contiguous(), weight_scale, weight.sum(1, dtype=torch.int32), bits)
+    groups = 1 if weight_scale.dim() == 1 else weight_scale.shape[1]
+    n, k = weight.shape
+    sums = weight.reshape(n, groups, k // groups).sum(2, dtype=torch.int32)
+    return GemmWeight(weight.contiguous(), weight_scale, sums.reshape(weight_scale.shape), bits)
 
 
 def pack_conv2d(
@@ -141,9 +149,11 @@ def _check_integers(name: str, value: tuple[int, ...], length: int, least: int) 
 def _check_weight(weight: Tensor, weight_scale: Tensor, bits: int, axes: tuple[str, ...]) -> None:
     if weight.dtype != torch.int8 or weight.dim() != len(axes):
         raise TypeError(f"weight must be int8 [{', '.join(axes)}], got {weight.dtype} {list(weight.shape)}")
-    if weight_scale.dtype != torch.float32 or weight_scale.shape != weight.shape[:1]:
+    if weight_scale.dtype != torch.float32 or not numerics.fits_weight(weight_scale, weight):
+        grouped = f", or [{weight.shape[0]}, G] with G > 1 that divides {weight.shape[1]}" if len(axes) == 2 else ""
         raise TypeError(
-            f"weight_scale must be float32 [{weight.shape[0]}], got {weight_scale.dtype} {list(weight_scale.shape)}"
+            f"weight_scale must be float32 [{weight.shape[0]}]{grouped}, "
+            f"got {weight_scale.dtype} {list(weight_scale.shape)}"
         )
     if (taps := weight[0].numel() if len(weight) else 0) > numerics.MAX_K:
         raise ValueError(f"weight has {taps} taps per output, an int32 accumulator holds {numerics.MAX_K}")

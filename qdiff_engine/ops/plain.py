@@ -153,15 +153,18 @@ def int_gemm(
 ) -> Tensor:
     """y[m, n] = s s_w[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n]; see `ops.int_gemm`."""
     operands.check_gemm(q, weight, scale, zero_point, bias, residual, output_scale)
-    weight_scale = weight.scale if output_scale is None else weight.scale * output_scale
+    (n, k), groups = weight.values.shape, weight.groups
+    by_group = weight.scale.reshape(n, groups) * (1.0 if output_scale is None else output_scale[:, None])
     if q.is_floating_point():
-        y = F.linear(q.float(), weight.values.float() * weight_scale[:, None], bias)
+        weight_scale = numerics.weight_scales(by_group.reshape(weight.scale.shape), weight.values)
+        y = F.linear(q.float(), weight.values.float() * weight_scale, bias)
         return y if residual is None else y.add_(residual)
     assert scale is not None and zero_point is not None
-    x = numerics.signed(q).reshape(1, -1, q.shape[-1])
-    acc = _exact_sum(_chunks(x.float(), weight.values.t()[None]))[0]
-    y = acc.sub_(weight.sums, alpha=zero_point).float().mul_(weight_scale * scale)
-    y = y.reshape(*q.shape[:-1], len(weight.values))
+    x = numerics.signed(q).reshape(-1, groups, k // groups).transpose(0, 1)  # [G, M, K / G]
+    acc = _exact_sum(_chunks(x.float(), weight.values.reshape(n, groups, k // groups).permute(1, 2, 0)))
+    sums = weight.sums.reshape(n, groups).t()[:, None]
+    y = acc.sub_(sums, alpha=zero_point).float().mul_((by_group * scale).t()[:, None]).sum(0)
+    y = y.reshape(*q.shape[:-1], n)
     for term in (bias, residual):
         y = y if term is None else y.add_(term)
     return y

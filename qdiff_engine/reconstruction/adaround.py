@@ -24,7 +24,7 @@ class SoftWeight:
 
     Args:
         floor: float32 in the weight's shape; ``choice``: likewise, the parameter to learn.
-        scale: float32 [N]; ``bits``: 4 or 8.
+        scale: float32 [N], or [N, G] by groups of K; ``bits``: 4 or 8.
     """
 
     floor: Tensor
@@ -38,7 +38,7 @@ class SoftWeight:
 
         The two integers are the one of ``start`` and its neighbour towards ``weight``.
         """
-        scaled = weight.float() / per_channel(start.scale, weight)
+        scaled = weight.float() / numerics.weight_scales(start.scale, weight)
         chosen = start.values.float()
         floor = torch.where(scaled >= chosen, chosen, chosen - 1)
         upward = (scaled + chosen) / 2 - floor
@@ -53,18 +53,13 @@ class SoftWeight:
     def value(self, upward: Tensor) -> Tensor:
         """The relaxed weight for h(v) = ``upward``."""
         low, high = numerics.weight_range(self.bits)
-        return (self.floor + upward).clamp(low, high) * per_channel(self.scale, self.floor)
+        return (self.floor + upward).clamp(low, high) * numerics.weight_scales(self.scale, self.floor)
 
     def rounded(self) -> QuantizedWeight:
         """The integers that the choices stand for."""
         low, high = numerics.weight_range(self.bits)
         values = (self.floor + (self.choice.detach() >= 0)).clamp(low, high)
         return QuantizedWeight(values.to(torch.int8), self.scale, self.bits)
-
-
-def per_channel(scale: Tensor, like: Tensor) -> Tensor:
-    """``scale`` [N] along the first axis of ``like``."""
-    return scale.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def undecided(upward: Tensor, sharpness: float) -> Tensor:

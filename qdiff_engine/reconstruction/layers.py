@@ -64,16 +64,17 @@ def segments(node: Node, constants: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
 
 
 def round_layer(
-    parts: Sequence[Tensor], bits: int, inputs: Sequence[SegmentInputs | None], rounder: Rounder
+    parts: Sequence[Tensor], bits: int, inputs: Sequence[SegmentInputs | None], rounder: Rounder, group: int = 0
 ) -> RoundedLayer:
     """Integer weights for the variance of what is multiplied; its mean is made good by the bias (`bias_shift`).
 
     Args:
         parts: the float weight of every K segment; ``inputs``: what each multiplies, None where that is not known.
         rounder: `rounding.nearest` or `rounding.gptq`; it is given the inputs without their mean.
+        group: of inputs of a linear layer that share a scale; 0 for all of them.
     """
     weights = tuple(
-        rounder(part, bits) if x is None else rounder(part, bits, x.vectors, x.covariance)
+        rounder(part, bits, group=group) if x is None else rounder(part, bits, x.vectors, x.covariance, group=group)
         for part, x in zip(parts, inputs, strict=True)
     )
     return RoundedLayer(weights, bias_shift(parts, weights, inputs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class ReconstructionSettings:
         samples: of the learning set; fewer where their values would take more than 2 GiB between two nodes.
         device: where the network is evaluated and the rounding learnt, products in bfloat16 on a GPU; what waits for a
             later node is in the memory of the CPU.
+        weight_group: how many inputs of a linear layer share a scale, where that divides K; 0: all.
 
     Raises:
         ValueError: another method, less than one iteration of AdaRound, no samples.
@@ -78,6 +79,7 @@ class ReconstructionSettings:
     step_groups: int | None = None
     samples: int = 256
     device: str | torch.device = "cpu"
+    weight_group: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in ("gptq", "adaround"):
@@ -229,7 +231,11 @@ class _Stage:
         parts, inputs = segments(node, self.constants), self._inputs(self.quantized, node, covariance=learnt is None)
         if learnt is not None:
             return RoundedLayer(learnt, bias_shift(parts, learnt, inputs))
-        return round_layer(parts, layer_bits(node, self.settings.weight_bits), inputs, gptq)
+        return self._by_gptq(node, parts, inputs)
+
+    def _by_gptq(self, node: Node, parts: Sequence[Tensor], inputs: Sequence[SegmentInputs | None]) -> RoundedLayer:
+        bits = layer_bits(node, self.settings.weight_bits)
+        return round_layer(parts, bits, inputs, gptq, self.settings.weight_group)
 
     def _use(self, node: Node, layer: RoundedLayer) -> None:
         """From here on the quantised branch has these weights and this bias."""
@@ -253,9 +259,7 @@ class _Stage:
         for node in block.nodes:
             if node.op in LAYERS:
                 name, inputs = node.kwargs["layer"], self._inputs(fork, node, covariance=True)
-                layer = round_layer(
-                    segments(node, self.constants), layer_bits(node, self.settings.weight_bits), inputs, gptq
-                )
+                layer = self._by_gptq(node, segments(node, self.constants), inputs)
                 self._use(node, layer)
                 start[name] = layer.weights
                 if layer.shift is not None:

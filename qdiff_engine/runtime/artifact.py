@@ -198,7 +198,7 @@ def _describe(artifact: Artifact) -> dict[str, Any]:
         "sites": list(table.sites),
         "output_channels": table.output_scale.shape[1],
         "weights": {
-            layer: [{"bits": w.bits, "shape": list(w.values.shape)} for w in parts]
+            layer: [{"bits": w.bits, "shape": list(w.values.shape), "groups": w.scale[0].numel()} for w in parts]
             for layer, parts in artifact.weights.items()
         },
         "constants": {
@@ -247,7 +247,8 @@ def _expected_tensors(config: dict[str, Any]) -> dict[str, TensorSpec]:
             n, k = entry["shape"][0], math.prod(entry["shape"][1:])
             packed = TensorSpec(torch.uint8, (n, (k + 1) // 2))
             expected[f"weight.{layer}.q{i}"] = packed if entry["bits"] == 4 else TensorSpec(torch.int8, (n, k))
-            expected[f"weight.{layer}.scale{i}"] = TensorSpec(torch.float32, (n,))
+            scales = (n,) if entry["groups"] == 1 else (n, entry["groups"])
+            expected[f"weight.{layer}.scale{i}"] = TensorSpec(torch.float32, scales)
     return expected
 
 

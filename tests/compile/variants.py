@@ -64,21 +64,29 @@ def _blocks(
 
 def gemm(
     name: str, arch: int, tile: Tile, bits: int = 8, x_bits: int = 8, floating: bool = False, geglu: bool = False,
-    splits: int = 1, descriptors: bool = False, wide: bool = False,
+    splits: int = 1, descriptors: bool = False, wide: bool = False, group: int = 0,
     chunk: int = 0, packed_out: bool = False,
 ) -> Variant:  # fmt: skip
-    """A launch of `int_gemm`; with GEGLU its result is quantised, as the next product wants it."""
+    """A launch of `int_gemm`; with GEGLU its result is quantised, as the next product wants it.
+
+    group: of K that share a scale; as the launcher has it, such a tile is narrow, and a block not longer than a group.
+    """
     types = _types({**_MATRICES, "K": "i32", "stride_xm": "i32"}, bits, x_bits, floating, splits, chunk, packed_out)
     if geglu:
         del types["residual"]
         types |= {"out": "*i8" if x_bits == 8 else "*u8", "out_quantization": "*fp32"}
+    if geglu or group:
         tile = paired(tile)
+    if group:
+        tile = tile._replace(block_k=min(tile.block_k, group))
+        types |= {"workspace": "*fp32"} if splits > 1 else {}
     if descriptors:
         for argument, rows, width in (("x", tile.block_m, x_bits), ("weight", tile.block_n, bits)):
             types[argument] = f"tensordesc<{types[argument][1:]}[{rows},{tile.block_k * width // 8}]>"
     constants = {
         **_blocks(tile, bits, x_bits, splits, chunk, packed_out),
         "GEGLU": geglu,
+        "GROUP_BLOCKS": group // tile.block_k,
         "EVEN_K": True,
         "DESCRIPTORS": descriptors,
         "WIDE": wide,
@@ -167,6 +175,8 @@ def products() -> Iterator[Variant]:
             yield gemm("w4a8-descriptors-statistics", arch, tile, bits=4, descriptors=True, chunk=64)
             yield gemm("geglu-descriptors", arch, tile, geglu=True, descriptors=True)
             yield gemm("split-descriptors", arch, tile, splits=4, descriptors=True)
+            yield gemm("w4a8-group-descriptors", arch, tile, bits=4, group=128, descriptors=True)
+            yield gemm("w4a4-group-descriptors", arch, tile, bits=4, x_bits=4, group=64, descriptors=True)
             yield box("w4a4", arch, tile, bits=4, x_bits=4)
             yield box("w4a8-statistics", arch, tile, bits=4, chunk=64)
             yield box("w4a4-statistics", arch, tile, bits=4, x_bits=4, chunk=64)
@@ -184,6 +194,11 @@ def products() -> Iterator[Variant]:
         yield gemm("geglu", arch, tile, geglu=True)
         yield gemm("geglu-packed", arch, tile, bits=4, x_bits=4, geglu=True)
         yield gemm("split", arch, tiles[-1], splits=4)
+        yield gemm("w4a8-group", arch, tile, bits=4, group=64)
+        yield gemm("w4a4-group", arch, tile, bits=4, x_bits=4, group=128)
+        yield gemm("w4a16-group", arch, tile, bits=4, floating=True, group=128)
+        yield gemm("group-geglu", arch, tile, bits=4, geglu=True, group=64)
+        yield gemm("group-split", arch, tiles[-1], bits=4, group=64, splits=4)
         yield conv("w8a16", arch, tile, floating=True)
         yield conv("two-segments", arch, tile, kernel=1, two=True)
         yield conv("two-segments-packed", arch, tile, bits=4, x_bits=4, kernel=1, two=True)
@@ -195,16 +210,16 @@ def products() -> Iterator[Variant]:
         del one_row.types["M"]
         one_row.constants["M"] = 1
         yield one_row
-        for rows, chunk in ((None, 0), (None, 64), (1, 0)):
+        for rows, chunk, grouped in ((None, 0, False), (None, 64, False), (1, 0, False), (None, 0, True)):
+            kind = f"{rows or 'many'}{'-statistics' if chunk else ''}{'-groups' if grouped else ''}"
             sizes = ({} if rows else {"M": "i32"}) | ({"statistics": "*fp32"} if chunk else {})
+            sizes |= {"workspace": "*fp32" if grouped else "*i32"}
             yield Variant(
-                f"reduce-{rows or 'many'}{'-statistics' if chunk else ''}", "qdiff_kernels.epilogue:_reduce_kernel",
-                arch,
-                {**sizes, "workspace": "*i32", "weight_scale": "*fp32", "weight_sum": "*i32", "quantization": "*fp32",
-                 "bias": "*fp32", "residual": "*fp16", "out": "*fp16", "N": "i32", "image_pixels": "i32",
-                 "pixels": "i32"},
+                f"reduce-{kind}", "qdiff_kernels.epilogue:_reduce_kernel", arch,
+                {**sizes, "weight_scale": "*fp32", "weight_sum": "*i32", "quantization": "*fp32", "bias": "*fp32",
+                 "residual": "*fp16", "out": "*fp16", "N": "i32", "image_pixels": "i32", "pixels": "i32"},
                 {"M": rows, "SPLITS": 4, "X_BITS": 8, "OUT_BITS": 8, "OUT_PACKED": False, "WIDE": False,
-                 "CHUNK": chunk, "BLOCK_M": max(chunk, 32), "BLOCK_N": 64, "ASM": True}, ("N",),
+                 "CHUNK": chunk, "BLOCK_M": max(chunk, 32), "BLOCK_N": 64, "ASM": True, "SCALED": grouped}, ("N",),
             )  # fmt: skip
 
 
