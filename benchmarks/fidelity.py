@@ -24,13 +24,16 @@ from qdiff_engine.alignment.training import AlignmentSettings
 from qdiff_engine.calibration.calibration import Calibration
 from qdiff_engine.calibration.checkpoint import fingerprint
 from qdiff_engine.correction.measurement import SEED
-from qdiff_engine.evaluation import compare_all
+from qdiff_engine.digits import digit_classifier
+from qdiff_engine.evaluation import Comparison, compare_all
 from qdiff_engine.measuring import high_water_mark
 from qdiff_engine.models import ddim, demo_model
+from qdiff_engine.quality import extract
 from qdiff_engine.quantization import equalised
 
 UNCLAMPED = " (k < 0 too)"  # after "ptqd": k may be negative
 BEST = "mmse+ibc+ivc"  # beside "ner+ibc+ivc" what gains most in the results of benchmarks.corrections
+SURE = 0.9  # probability of a class, from which on the classifier's word counts as confident
 _BATCH = 32
 _CACHE = Path(tempfile.gettempdir()) / "qdiff-benchmarks-float"  # trajectories of the float network
 _LEARNT = Path(tempfile.gettempdir()) / "qdiff-benchmarks-learnt"  # what rounding and alignment found, by commit
@@ -43,20 +46,21 @@ class Contestant:
     precision: str
     correction: str = "none"
     weights: str | None = None
+    weight_group: int = 0
     equalise: str = "off"
     align: str = "none"
     step_sizes: str = "observed"
     pairs: str = "every"  # that alignment learns on
 
     def __str__(self) -> str:
-        """The fields that are not the defaults."""
-        fields = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
-        return ", ".join(str(value) for value, default in fields.values() if value != default)
+        """The fields that are not the defaults, with the name of those that are numbers."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        return ", ".join(value if isinstance(value, str) else f"{name} {value}" for name, value in found.items())
 
     def recipe(self) -> qe.Recipe:
         """Without alignment, which is a step of its own here, and without correction."""
-        changes = {} if self.weights is None else {"weights": self.weights}
-        return qe.Recipe.named(self.precision, equalise=self.equalise, step_sizes=self.step_sizes, **changes)
+        changes = {name: getattr(self, name) for name in ("weight_group", "equalise", "step_sizes")}
+        return qe.Recipe.named(self.precision, **changes, **({} if self.weights is None else {"weights": self.weights}))
 
     def before(self) -> Contestant | None:
         """The contestant that this one is made from by its last step; None where it is quantised afresh."""
@@ -78,6 +82,19 @@ def _remembered(forward: Callable[..., Any]) -> Callable[..., Any]:
     return remembered
 
 
+def confidence(result: Comparison) -> dict[str, float | None]:
+    """Share of images whose class the classifier is sure of, and of these the share with the float image's class."""
+    classifier = digit_classifier()
+    logits, in_float = (extract(classifier, images)[1] for images in (result.images, result.float_images))
+    assert logits is not None and in_float is not None
+    likely, classes = logits.softmax(1).max(1)
+    agreeing = (classes == in_float.argmax(1))[likely >= SURE].double()
+    return {
+        "confident_share": len(agreeing) / len(logits),
+        "confident_accuracy": float(agreeing.mean()) if len(agreeing) else None,
+    }
+
+
 def _record(folder: Path) -> Path:
     """The file beside a folder of learnt things that says how many seconds learning them took."""
     return folder.with_name(f"{folder.name}.json")
@@ -97,10 +114,10 @@ def _first_time(folder: Path | None, seconds: float) -> float:
 class Setting:
     """The bundled network under one sampler, and its contestants, each made once, when first asked for."""
 
-    def __init__(self, eta: float, quick: bool) -> None:
+    def __init__(self, eta: float, quick: bool, steps: int = 20) -> None:
         demo = demo_model()
         self.eta, self.quick, self.unet, self.scheduler = eta, quick, demo.unet, ddim(demo.scheduler)
-        self.steps, self.noise_samples, self.calibration_samples = (3, 2, 2) if quick else (20, 256, 64)
+        self.steps, self.noise_samples, self.calibration_samples = (3, 2, 2) if quick else (steps, 256, 64)
         self.seconds: dict[Contestant, float] = {}
         self.model, self.noise = functools.cache(self._model), functools.cache(self._noise)
         self.prepared = functools.cache(lambda recipe: equalised(self.calibration, recipe))
@@ -138,7 +155,7 @@ class Setting:
         commit = results_file.head()
         if self.quick or commit is None or commit.endswith(results_file.CHANGED) or contestant.correction != "none":
             return None
-        folder = _LEARNT / commit / re.sub(r"\W+", "-", f"eta {self.eta:g} {contestant}")
+        folder = _LEARNT / commit / re.sub(r"\W+", "-", f"eta {self.eta:g} steps {self.steps} {contestant}")
         if not _record(folder).exists():
             shutil.rmtree(folder, ignore_errors=True)
         return folder
@@ -168,7 +185,8 @@ class Setting:
         models = {str(contestant): self.model(contestant) for contestant in contestants}
         peak = high_water_mark()
         settings: dict[str, Any] = {"steps": self.steps, "samples": samples, "seed": seed, "eta": self.eta}
-        cache = None if self.quick else _CACHE / f"eta-{self.eta:g}-samples-{samples}-seed-{seed}"
+        setting = f"eta-{self.eta:g}-steps-{self.steps}-samples-{samples}-seed-{seed}"
+        cache = None if self.quick else _CACHE / setting
         results = compare_all(
             models, self.unet, self.scheduler, batch=_BATCH, step_sqnr=False, cache_dir=cache, **settings
         )
@@ -181,12 +199,14 @@ class Setting:
                     **row(model.recipe, model, result, seconds),
                     "eta": self.eta,
                     "correction": contestant.correction,
+                    "weight_group": contestant.weight_group,
                     "step_sizes": contestant.step_sizes,
                     "alignment": contestant.align,
                     "pairs": contestant.pairs,
                     "seed": seed,
                     "latent_errors": [round(error, 5) for error in result.latent_error],
                     "class_accuracy": result.perception.class_accuracy,
+                    **confidence(result),
                     "peak_memory_bytes": peak,
                 }
             )

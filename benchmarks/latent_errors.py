@@ -14,8 +14,9 @@ from typing import Any
 
 from benchmarks import results_file
 
-_LABEL = ("rounding", "plan", "equalise", "step_sizes", "alignment", "pairs", "correction")
+_LABEL = ("rounding", "weight_group", "plan", "equalise", "step_sizes", "alignment", "pairs", "correction")
 _PLAIN = {
+    "weight_group": 0,
     "plan": "uniform",
     "equalise": "off",
     "step_sizes": "observed",
@@ -27,12 +28,16 @@ _PLAIN = {
 
 def label(row: Mapping[str, Any]) -> str:
     """What is special about a row: "gptq, accuquant:5, mmse"; the seed of its images is not."""
-    named = {"equalise": "equalised", "step_sizes": "learnt steps"}
+    named = {
+        "weight_group": f"groups of {row.get('weight_group')}",
+        "equalise": "equalised",
+        "step_sizes": "learnt steps",
+    }
     return ", ".join(named.get(key, str(row[key])) for key in _LABEL if key in row and row[key] != _PLAIN.get(key))
 
 
 def panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows with errors by step, by their precision and eta.
+    """Rows with errors by step, by their precision, eta and number of steps.
 
     Raises:
         ValueError: no row has any.
@@ -40,7 +45,8 @@ def panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row.get("latent_errors"):
-            name = f"W{row['weights'].removeprefix('int')}{row['activations'].upper()}, eta {row['eta']:g}"
+            precision = f"W{row['weights'].removeprefix('int')}{row['activations'].upper()}"
+            name = f"{precision}, eta {row['eta']:g}, {len(row['latent_errors'])} steps"
             found.setdefault(name, []).append(row)
     if not found:
         raise ValueError("no row has latent_errors; benchmarks.corrections, .reconstruction and .gates write them")

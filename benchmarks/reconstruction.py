@@ -1,4 +1,4 @@
-"""What learning the weights' rounding and the step sizes gains on the bundled model, DDIM 20.
+"""What learning the weights' rounding and the step sizes gains on the bundled model, DDIM 20, and W4A4 with DDIM 50.
 
 python -m benchmarks.reconstruction    256 images, one seed, written to
                                         benchmarks/results/quality-reconstruction-mnist32.json
@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
+from typing import Any
 
 from benchmarks import sections
 from benchmarks.fidelity import BEST, Contestant, Setting
 
 RESULTS = "quality-reconstruction-mnist32.json"
 COLUMNS = (
-    "section", "weights", "activations", "rounding", "equalise", "step_sizes", "alignment", "pairs", "correction",
-    "psnr_db", "latent_error", "frechet_to_float", "class_accuracy", "calibration_seconds",
+    "section", "weights", "activations", "rounding", "weight_group", "equalise", "step_sizes", "alignment", "pairs",
+    "correction", "steps", "psnr_db", "latent_error", "frechet_to_float", "class_accuracy", "confident_share",
+    "confident_accuracy", "calibration_seconds",
 )  # fmt: skip
 PRECISIONS = ("w4a8", "w4a4")
 GROUPS = (1, 2, 5, 10)
@@ -25,8 +27,9 @@ SEED = 1  # of the images; calibration draws from seed 0
 
 
 def rounded(precision: str, weights: str) -> list[Contestant]:
-    """Rounding alone, then behind channel equalisation."""
-    return [Contestant(precision, weights=weights, equalise=equalise) for equalise in ("off", "on")]
+    """Rounding alone, with scales for groups of inputs, and behind channel equalisation."""
+    changes: tuple[dict[str, Any], ...] = ({}, {"weight_group": 64}, {"equalise": "on"})
+    return [Contestant(precision, weights=weights, **change) for change in changes]
 
 
 def aligned(precision: str, weights: str) -> list[Contestant]:
@@ -41,10 +44,10 @@ def corrected(contestants: list[Contestant]) -> list[Contestant]:
 
 def plan(quick: bool) -> list[sections.Section]:
     """The cheap ones before the dear ones."""
-    setting = functools.cache(lambda: Setting(0.0, quick))
+    setting = functools.cache(lambda steps: Setting(0.0, quick, steps))
 
-    def section(name: str, contestants: list[Contestant]) -> sections.Section:
-        return sections.Section(name, lambda: setting().rows(contestants, 2 if quick else 256, SEED), seconds=600)
+    def section(name: str, contestants: list[Contestant], steps: int = 20) -> sections.Section:
+        return sections.Section(name, lambda: setting(steps).rows(contestants, 2 if quick else 256, SEED), seconds=600)
 
     found = []
     for precision in PRECISIONS:
@@ -57,6 +60,9 @@ def plan(quick: bool) -> list[sections.Section]:
         found.append(section(f"{precision} learnt", corrected(learnt + aligned(precision, "adaround"))))
     chosen = [Contestant("w4a4", weights="gptq", align="accuquant:5", pairs=pairs) for pairs in PAIRS]
     found.append(section("w4a4 calibration sets", chosen))
+    many = [Contestant("w4a4", weights=weights) for weights in ("nearest", "gptq")]
+    many.append(Contestant("w4a4", weights="adaround", align="accuquant:5"))
+    found.append(section("w4a4 50 steps", corrected(many), steps=50))
     return found[:2] if quick else found
 
 

@@ -105,7 +105,13 @@ def integer_model(
 def _rounded(
     node: Node, parameters: Mapping[str, Tensor], recipe: qe.Recipe, device: torch.device
 ) -> tuple[QuantizedWeight, ...]:
-    """Each channel to nearest, on its largest value."""
+    """Each channel to nearest, on its largest value.
+
+    Raises:
+        ValueError: a recipe with groups of inputs, which these weights do not have.
+    """
+    if recipe.weight_group:
+        raise ValueError(f"weight_group must be 0 here, got {recipe.weight_group}")
     bits = 8 if node.kwargs.get("edge") else recipe.weight_bits
     weight = parameters[node.kwargs["weight"].key].to(device)
     parts = weight.split(list(node.kwargs["segments"]), 1) if len(node.args) > 1 else (weight,)

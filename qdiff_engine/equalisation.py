@@ -41,11 +41,15 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Reader:
-    """A K segment of a layer: its weight [N, C, T], samples of its input [P, C, T], step by step, and weight bits."""
+    """A K segment of a layer: its weight [N, C, T], samples of its input [P, C, T], step by step, and weight bits.
+
+    group: of inputs that share a weight scale; 0 for all of them.
+    """
 
     weight: Tensor
     inputs: Tensor
     bits: int
+    group: int = 0
 
 
 @torch.no_grad()
@@ -134,11 +138,12 @@ def _readers(calibration: Calibration, site: str, recipe: Recipe) -> list[Reader
         weight = calibration.capture.constants[node.kwargs["weight"].key]
         if len(node.args) > 1:
             weight = weight.split(list(node.kwargs["segments"]), 1)[segment]
+        group = recipe.weight_group if node.op == "int_gemm" else 0
         weight = weight.float().reshape(*weight.shape[:2], -1)
         samples = calibration.inputs[f"{node.kwargs['layer']}:{segment}"]
         by_step = samples.reshape(steps, -1, samples.shape[1])[:, : -(-_VECTORS // steps)]
         inputs = by_step.reshape(-1, *weight.shape[1:]).float()
-        found.append(Reader(weight, inputs, 8 if node.kwargs.get("edge") else recipe.weight_bits))
+        found.append(Reader(weight, inputs, 8 if node.kwargs.get("edge") else recipe.weight_bits, group))
     return found
 
 
@@ -211,7 +216,8 @@ def output_errors(
         total, affines = 0.0, (scale[rows, option], zero_point[rows, option])
         for part, x, y in zip(parts, divided(factors), exact, strict=True):
             few = torch.linspace(0, len(x) - 1, min(len(x), _SCALE_VECTORS)).long()
-            weight = nearest((part.weight * factors[:, None]).flatten(1), part.bits, x[few]).dequantize()
+            equal = (part.weight * factors[:, None]).flatten(1)
+            weight = nearest(equal, part.bits, x[few], group=part.group).dequantize()
             total += float((quantize_rows(x, *affines, bits[rows]) @ weight.T - y).square().sum())
         totals.append(total)
     return totals

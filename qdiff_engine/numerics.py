@@ -93,18 +93,18 @@ def affine_from_range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Ten
     return scale, torch.where(width > tiny, zero_point, torch.zeros_like(zero_point))
 
 
-def weight_scales(scale: Tensor, weight: Tensor) -> Tensor:
-    """The scale of every weight, in a shape that multiplies ``weight`` [N, ...].
+def by_scale(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight, scale) in shapes that multiply: [N, ...] and [N, 1, ...], or with groups [N, G, K / G] and [N, G, 1].
 
-    scale: [N]; or [N, G] for a ``weight`` [N, K], a column for each of G groups of K / G along K.
+    scale: [N]; or [N, G] for a ``weight`` [N, K], a column for each of G groups along K.
     """
     if scale.dim() == 1:
-        return scale.reshape(-1, *[1] * (weight.dim() - 1))
-    return scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1)
+        return weight, scale.reshape(-1, *[1] * (weight.dim() - 1))
+    return weight.unflatten(1, (scale.shape[1], -1)), scale[:, :, None]
 
 
 def fits_weight(scale: Tensor, weight: Tensor) -> bool:
-    """Whether ``scale`` has a form that `weight_scales` takes: [N], or [N, G] with G > 1 that divides K."""
+    """Whether ``scale`` has a form that `by_scale` takes: [N], or [N, G] with G > 1 that divides K."""
     if scale.dim() == 1:
         return scale.shape == weight.shape[:1]
     grouped = scale.dim() == weight.dim() == 2 and scale.shape[0] == weight.shape[0] and scale.shape[1] > 1
@@ -114,7 +114,8 @@ def fits_weight(scale: Tensor, weight: Tensor) -> bool:
 def quantize_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """q_w = clamp(round_half_even(w / s_w)) as int8; ``weight`` [N, ...], ``scale`` [N], or [N, G] by groups of K."""
     low, high = weight_range(bits)
-    return torch.round(weight / weight_scales(scale, weight)).clamp_(low, high).to(torch.int8)
+    values, scales = by_scale(weight, scale)
+    return torch.round(values / scales).clamp_(low, high).to(torch.int8).reshape(weight.shape)
 
 
 def pack_int4(values: Tensor) -> Tensor:

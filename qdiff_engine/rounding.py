@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import numerics
-from .weights import QuantizedWeight
+from .weights import QuantizedWeight, scale_groups
 
 Rounder = Callable[..., QuantizedWeight]  # (weight, bits, inputs=None, hessian=None, group=0)
 
@@ -24,20 +24,20 @@ _DAMP = 0.01  # of the Hessian's mean diagonal, as GPTQ does
 _BLOCK = 128
 
 
-def search_scale(weight: Tensor, bits: int, inputs: Tensor | None = None, group: int = 0) -> Tensor:
+def search_scale(weight: Tensor, bits: int, inputs: Tensor | None = None, groups: int = 1) -> Tensor:
     """s_w[n] = argmin over shrunk ranges of sum_p (sum_k (w[n,k] - s q[n,k]) x[p,k])^2, nearest rounding.
 
     Args:
         weight: float32 [N, K].
         inputs: float32 [P, K]; without them the squared error of the weights themselves is least.
-        group: > 0 gives every so many of K, which they divide, a scale of their own.
+        groups: how many equal stretches of K have a scale of their own, each for the least error of its products.
 
     Returns:
-        float32 [N], or [N, K / group]; 1 for a row of zeros.
+        float32 [N], or [N, groups] of several; 1 for a row of zeros.
     """
-    if group:
-        of_groups = [None] * (weight.shape[1] // group) if inputs is None else inputs.split(group, 1)
-        parts = zip(weight.split(group, 1), of_groups, strict=True)
+    if groups > 1:
+        of_groups = [None] * groups if inputs is None else inputs.chunk(groups, 1)
+        parts = zip(weight.chunk(groups, 1), of_groups, strict=True)
         return torch.stack([search_scale(part, bits, x) for part, x in parts], 1)
     full = weight.abs().amax(1) / numerics.weight_range(bits)[1]
     full = torch.where(full > torch.finfo(torch.float32).tiny, full, torch.ones_like(full))
@@ -53,18 +53,12 @@ def search_scale(weight: Tensor, bits: int, inputs: Tensor | None = None, group:
     return best
 
 
-def _own_group(weight: Tensor, group: int) -> int:
-    """The size of the groups that a layer's weights have; 0 for a single one."""
-    fits = group > 0 and weight.dim() == 2 and weight.shape[1] > group and weight.shape[1] % group == 0
-    return group if fits else 0
-
-
 def nearest(
     weight: Tensor, bits: int, inputs: Tensor | None = None, hessian: Tensor | None = None, group: int = 0
 ) -> QuantizedWeight:
     """q = round(w / s_w) with the scale of least output error per channel (`search_scale`); no use for ``hessian``."""
     flat = weight.float().flatten(1)
-    scale = search_scale(flat, bits, inputs, _own_group(weight, group))
+    scale = search_scale(flat, bits, inputs, scale_groups(weight.shape, group))
     return QuantizedWeight(numerics.quantize_weight(weight.float(), scale, bits), scale, bits)
 
 
@@ -84,7 +78,7 @@ def gptq(
     if inputs is None:
         return nearest(weight, bits, group=group)
     flat = weight.float().flatten(1)
-    scale = search_scale(flat, bits, inputs, _own_group(weight, group))
+    scale = search_scale(flat, bits, inputs, scale_groups(weight.shape, group))
     order, factor = _inverse_factor(second_moments(inputs) if hessian is None else hessian)
     values = torch.empty_like(flat, dtype=torch.int8)
     by_group = scale.reshape(len(scale), -1)

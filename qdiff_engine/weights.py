@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,14 @@ from torch import Tensor
 from . import numerics
 
 _CHUNK = 2**22
+
+
+def scale_groups(shape: Sequence[int], group: int) -> int:
+    """How many scales each output of a weight of ``shape`` has: one for every ``group`` inputs of a linear layer.
+
+    1 for convolutions, with 0, and where ``group`` does not divide K.
+    """
+    return shape[1] // group if group and len(shape) == 2 and shape[1] % group == 0 else 1
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,8 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """w = scale * values in the weight's own shape."""
-        return self.values.to(dtype) * numerics.weight_scales(self.scale.to(dtype), self.values)
+        values, scales = numerics.by_scale(self.values, self.scale)
+        return (values.to(dtype) * scales.to(dtype)).reshape(self.values.shape)
 
     def stored(self) -> Tensor:
         """[Cout, K] with K in (r, s, c) order: int8, or uint8 [Cout, ceil(K / 2)] for 4 bits."""

@@ -30,14 +30,23 @@ def test_what_is_special_about_a_row() -> None:
     assert latent_errors.label(row()) == "gptq"
     errors = latent_errors.curves([row(), row(seed=2, latent_errors=[0.3, 0.6]), row(plan="budget:0.9")])
     assert errors == {"gptq": pytest.approx([0.2, 0.4]), "gptq, budget:0.9": [0.1, 0.2]}
-    special = row(rounding="adaround", equalise="on", step_sizes="learnt", alignment="accuquant:5", correction="mmse")
-    assert latent_errors.label(special) == "adaround, equalised, learnt steps, accuquant:5, mmse"
+    special = row(
+        rounding="adaround",
+        weight_group=64,
+        equalise="on",
+        step_sizes="learnt",
+        alignment="accuquant:5",
+        correction="mmse",
+    )
+    assert latent_errors.label(special) == "adaround, groups of 64, equalised, learnt steps, accuquant:5, mmse"
 
 
 def test_a_panel_for_every_precision_and_eta(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [row(), row(correction="mmse"), row(activations="a8"), row(eta=1.0), row(latent_errors=None)]
+    rows = [row(), row(correction="mmse"), row(activations="a8"), row(latent_errors=None)]
+    rows += [row(eta=1.0, latent_errors=[0.1, 0.2, 0.3])]
     found = latent_errors.panels(rows)
-    assert {name: len(own) for name, own in found.items()} == {"W4A4, eta 0": 2, "W4A8, eta 0": 1, "W4A4, eta 1": 1}
+    panels = {"W4A4, eta 0, 2 steps": 2, "W4A8, eta 0, 2 steps": 1, "W4A4, eta 1, 3 steps": 1}
+    assert {name: len(own) for name, own in found.items()} == panels
     path, picture = tmp_path / "quality.json", tmp_path / "pictures" / "errors.png"
     path.write_text(json.dumps({"machine": MACHINE, "rows": rows}))
     assert latent_errors.main([str(path), "--out", str(picture)]) == 0

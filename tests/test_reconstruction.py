@@ -36,7 +36,7 @@ from qdiff_engine.reconstruction.layers import bias_shift, layers, round_layer, 
 from qdiff_engine.reconstruction.learning import BlockData, BlockNetwork, learn_rounding
 from qdiff_engine.reconstruction.learning_set import learning_set
 from qdiff_engine.reconstruction.memory import Memory, estimated, waiting_bytes
-from qdiff_engine.reconstruction.stage import ReconstructionSettings, reconstruct
+from qdiff_engine.reconstruction.stage import Progress, ReconstructionSettings, reconstruct
 from qdiff_engine.rounding import gptq, nearest
 from qdiff_engine.runtime.model import IntegerUNet
 from qdiff_engine.sampling import Guidance
@@ -287,7 +287,7 @@ from qdiff_engine.quantization import quantize
 from qdiff_engine.recipe import Recipe
 blocks = []
 def stop(progress):
-    blocks.append(progress.block)
+    blocks.extend([progress.block] * (progress.loss is not None))
     if progress.iteration == 2 and len(set(blocks)) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
 recipe = Recipe(weight_bits=4, weights="adaround", learn_iterations=3, step_sizes="learnt")
@@ -305,12 +305,13 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     kept = len(list(tmp_path.glob("step-*.safetensors")))
     assert kept == 3, "two blocks, then one more"
-    begun: set[int] = set()
+    told: list[Progress] = []
     recipe = Recipe(weight_bits=4, weights="adaround", learn_iterations=3, step_sizes="learnt")
     network, calibration = networks.network("unet2d"), networks.calibration("unet2d")
-    resumed = quantize(network, calibration, recipe, on_progress=lambda p: begun.add(p.block), cache_dir=tmp_path)
+    resumed = quantize(network, calibration, recipe, on_progress=told.append, cache_dir=tmp_path)
     every = [i for i, block in enumerate(find_blocks(calibration.capture.graph)) if block.layers]
-    assert sorted(begun) == every[kept:]
+    assert sorted({p.block for p in told if p.loss is not None}) == every[kept:]
+    assert sum(p.advanced for p in told) == 3 * len(every), "a progress bar ends full"
     assert same(resumed, quantised(weights="adaround", learn_iterations=3, step_sizes="learnt"))
 
 

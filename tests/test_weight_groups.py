@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import networks
 import pytest
 import torch
 import torch.nn.functional as F
+from qdiff_kernels.int_conv2d import Geometry, int_conv2d
+from qdiff_kernels.int_conv2d import Segment as ConvSegment
 from qdiff_kernels.int_gemm import int_gemm
 from qdiff_kernels.packing import KernelWeight, pack, pack_rows
 from qdiff_kernels.tiles import Launch, Tile
@@ -24,6 +27,7 @@ from qdiff_engine.cli import main
 from qdiff_engine.ops import plain
 from qdiff_engine.recipe import Recipe
 from qdiff_engine.rounding import gptq, nearest, search_scale
+from qdiff_engine.runtime.artifact_config import ArtifactError, seal
 from qdiff_engine.weights import QuantizedWeight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -207,6 +211,31 @@ def test_triton_floating_activations() -> None:
     assert_close(y, x.double() @ w.T, 1e-5)
 
 
+def test_the_engine_s_gpu_route() -> None:
+    """`ops.int_gemm` on the Triton backend, with everything that it fuses behind a product."""
+    q, weight, scale = operands(6, 32, 128, 2, 4)
+    bias, output_scale = torch.randn(32), torch.rand(32) + 0.5
+    packed = ops.pack_gemm(weight.to(DEVICE), scale.to(DEVICE), 4)
+    expected = reference.int_gemm(q, weight, scale, 0.03, 5, bias, output_scale=output_scale)
+    terms: dict[str, Any] = {"output_scale": output_scale.to(DEVICE), "backend": "triton"}
+    assert_close(ops.int_gemm(q.to(DEVICE), packed, 0.03, 5, bias.to(DEVICE), **terms), expected)
+    value, gate = expected.chunk(2, dim=-1)
+    gated = value * F.gelu(gate)
+    step = float(gated.abs().max()) / 100
+    y = ops.int_gemm(q.to(DEVICE), packed, 0.03, 5, bias.to(DEVICE), **terms, geglu=True, output=(step, 1, 8))
+    steps = y.cpu().int() - numerics.quantize(gated.float(), step, 1, 8).int()
+    assert int(steps.abs().max()) <= 1 and int(steps.abs().sum()) <= 2
+
+
+def test_convolution_kernels_refuse_groups() -> None:
+    grouped = kernel_weight(torch.ones(4, 128, dtype=torch.int8), torch.ones(4, 2), 8)
+    segment = ConvSegment(torch.zeros(1, 128, 2, 2, dtype=torch.int8, device=DEVICE), grouped, quantization(1.0, 0))
+    with pytest.raises(ValueError, match="without groups, got"):
+        int_conv2d([segment], Geometry((1, 1)))
+    with pytest.raises(ValueError, match="by border class"):
+        pack(torch.ones(4, 128, dtype=torch.int8), torch.ones(4, 2), 8, torch.ones(1, 4, dtype=torch.int32))
+
+
 def test_triton_groups_are_whole_blocks() -> None:
     with pytest.raises(ValueError, match="multiples of 64, got 4 groups"):
         pack(torch.ones(3, 128, dtype=torch.int8), torch.ones(3, 4), 8)
@@ -253,25 +282,29 @@ def test_a_network_with_groups_computes_what_its_artifact_does(
             assert networks.relative(networks.rebuilt(model, backend)(step, 500)[0], y) < 0.01
 
 
-def test_damaged_groups_in_an_artifact_are_refused(models: dict[int, qe.IntegerUNet], tmp_path: Path) -> None:
-    from qdiff_engine.runtime.artifact_config import ArtifactError, check_fields
-
+def test_scales_of_other_groups_than_the_recipe_names_are_refused(
+    models: dict[int, qe.IntegerUNet], tmp_path: Path
+) -> None:
     models[64].save_pretrained(tmp_path / "artifact")
     config = json.loads((tmp_path / "artifact" / "config.json").read_text())
-    del config["sha256"]
-    layer = next(name for name, w in linears(models[64]).items() if w.scale.dim() == 2)
-    for wrong in (0, 3, -1, True, 2.0, None, "2"):
-        config["weights"][layer][0]["groups"] = wrong
-        with pytest.raises(ArtifactError, match="groups must"):
-            check_fields(config)
-    config["weights"][layer][0]["groups"] = 2
-    check_fields(config)
+    for group in (0, 128):
+        wrong = config | {"recipe": {**config["recipe"], "weight_group": group}}
+        files = {"graph.json": (tmp_path / "artifact" / "graph.json").read_bytes()}
+        files["model.safetensors"] = (tmp_path / "artifact" / "model.safetensors").read_bytes()
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        wrong.pop("sha256")
+        (tmp_path / "artifact" / "config.json").write_bytes(seal(wrong, digests))
+        with pytest.raises(ArtifactError, match=r"weight\..*scale0"):
+            qe.load(tmp_path / "artifact")
 
 
-def test_adaround_and_alignment_keep_groups(models: dict[int, qe.IntegerUNet]) -> None:
+@pytest.mark.parametrize("weights", ["gptq", "adaround"])
+def test_learnt_weights_and_alignment_keep_groups(weights: str) -> None:
     calibration = networks.bundled_calibration()
-    recipe = Recipe.named("w4a8", weight_group=64, weights="adaround", learn_iterations=2, learn_samples=10)
+    recipe = Recipe.named("w4a8", weight_group=64, weights=weights, learn_iterations=2, learn_samples=10)
     learnt = qe.quantize(networks.bundled_unet(), calibration, recipe)
+    shapes = {w.values.shape[1]: tuple(w.scale.shape[1:]) for w in linears(learnt).values()}
+    assert shapes == {64: (), 128: (2,)}
     aligned = qe.align(learnt, calibration, AlignmentSettings(group=2, iterations=2, batch=2))
     for name, weight in linears(aligned).items():
         before = linears(learnt)[name]
@@ -285,7 +318,7 @@ def test_adaround_and_alignment_keep_groups(models: dict[int, qe.IntegerUNet]) -
 def test_the_command_line_takes_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["calibrate", "demo", "--recipe", "w4a8", "--steps", "3", "--samples", "1", "--weights", "nearest"]
     assert main([*arguments, "--weight-group", "64", "--out", str(tmp_path / "a")]) == 0
-    assert qe.load(tmp_path / "a").recipe.weight_group == 64
+    assert {w.scale.dim() for w in linears(qe.load(tmp_path / "a")).values()} == {1, 2}
     assert main([*arguments, "--weight-group", "32", "--out", str(tmp_path / "b")]) == 2
     assert "'32' is not one of" in capsys.readouterr().err
 

@@ -70,38 +70,35 @@ def loaded(row, column, width, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def product(
-    x, weight, acc, first, last, K, K_PADDED, BITS: tl.constexpr, X_BITS: tl.constexpr, FLOATING: tl.constexpr,
+def block_product(
+    x, weight, acc, block, K, K_PADDED, BITS: tl.constexpr, X_BITS: tl.constexpr, FLOATING: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """acc plus the blocks first .. last of K.
+    """acc plus one block of K.
 
     x: pointers [M, 1] to rows of K values, or K' / 2 packed bytes; weight: pointers [N, 1] to rows of K' or K' / 2.
     """
     if BITS == 8 and X_BITS == 8:
-        k = tl.arange(0, BLOCK_K)
-        for block in range(first, last):
-            at = (block * BLOCK_K + k)[None, :]
-            acc = multiplied(loaded(x, at, K, EVEN_K), loaded(weight, at, K_PADDED, EVEN_K), acc, FLOATING)
+        at = (block * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+        acc = multiplied(loaded(x, at, K, EVEN_K), loaded(weight, at, K_PADDED, EVEN_K), acc, FLOATING)
     else:
         HALF: tl.constexpr = BLOCK_K // 2
         byte = tl.arange(0, HALF)
-        for block in range(first, last):
-            at = (block * BLOCK_K + low_column(byte))[None, :]
-            at_byte = (block * HALF + byte)[None, :]
-            if X_BITS == 4:
-                a = loaded(x, at_byte, K_PADDED // 2, EVEN_K)
-                a_high = a
-            else:
-                a = loaded(x, at, K, EVEN_K)
-                a_high = loaded(x, at + 32, K, EVEN_K)
-            if BITS == 4:
-                b = loaded(weight, at_byte, K_PADDED // 2, EVEN_K)
-                b_high = b
-            else:
-                b = loaded(weight, at, K_PADDED, EVEN_K)
-                b_high = loaded(weight, at + 32, K_PADDED, EVEN_K)
-            acc = halves_multiplied(a, a_high, b, b_high, acc, BITS, X_BITS, FLOATING, ASM)
+        at = (block * BLOCK_K + low_column(byte))[None, :]
+        at_byte = (block * HALF + byte)[None, :]
+        if X_BITS == 4:
+            a = loaded(x, at_byte, K_PADDED // 2, EVEN_K)
+            a_high = a
+        else:
+            a = loaded(x, at, K, EVEN_K)
+            a_high = loaded(x, at + 32, K, EVEN_K)
+        if BITS == 4:
+            b = loaded(weight, at_byte, K_PADDED // 2, EVEN_K)
+            b_high = b
+        else:
+            b = loaded(weight, at, K_PADDED, EVEN_K)
+            b_high = loaded(weight, at + 32, K_PADDED, EVEN_K)
+        acc = halves_multiplied(a, a_high, b, b_high, acc, BITS, X_BITS, FLOATING, ASM)
     return acc
 
 
@@ -116,23 +113,21 @@ def in_order(packed, ASM: tl.constexpr):
 
 
 @triton.jit
-def descriptor_product(
-    x, weight, row, column, acc, first, last, BITS: tl.constexpr, X_BITS: tl.constexpr, BLOCK_K: tl.constexpr,
+def block_of_descriptors(
+    x, weight, row, column, acc, block, BITS: tl.constexpr, X_BITS: tl.constexpr, BLOCK_K: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """acc plus the blocks first .. last of K, read through tensor descriptors: the tile at ``row`` and ``column``.
+    """acc plus one block of K, read through tensor descriptors: the tile at ``row`` and ``column``.
 
     What lies outside a tensor reads as 0; packed rows are bytes.
     """
-    for block in range(first, last):
-        a = x.load([row, block * (BLOCK_K // 2 if X_BITS == 4 else BLOCK_K)])
-        b = weight.load([column, block * (BLOCK_K // 2 if BITS == 4 else BLOCK_K)])
-        if X_BITS == 4:
-            a = in_order(a, ASM)
-        if BITS == 4:
-            b = in_order(b, ASM)
-        acc = multiplied(a, b, acc, False)
-    return acc
+    a = x.load([row, block * (BLOCK_K // 2 if X_BITS == 4 else BLOCK_K)])
+    b = weight.load([column, block * (BLOCK_K // 2 if BITS == 4 else BLOCK_K)])
+    if X_BITS == 4:
+        a = in_order(a, ASM)
+    if BITS == 4:
+        b = in_order(b, ASM)
+    return multiplied(a, b, acc, False)
 
 
 @triton.jit

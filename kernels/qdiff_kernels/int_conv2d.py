@@ -211,7 +211,7 @@ def int_conv2d(
         raise ValueError(f"segments must be one or two, got {len(segments)}")
     batch, _, height, width = x.shape
     out_height, out_width = geometry.output_size(height, width)
-    n, image_pixels = len(segments[0].weight.scale), out_height * out_width
+    n, image_pixels = segments[0].weight.rows, out_height * out_width
     m = batch * image_pixels
     _check(segments, geometry, class_index, bias, temb, residual, (batch, n, out_height, out_width))
     width_of_n, dtype = output_form(n, out_dtype, out_quantization, out_bits, out_packed)
@@ -327,9 +327,9 @@ def _check(
         if segment.x.dtype == torch.uint8 and segment.channels % BLOCK:
             raise ValueError(f"segments[{i}].x must have whole blocks of {BLOCK} channels, got {segment.channels}")
         taps = geometry.kernel[0] * geometry.kernel[1] * segment.channels
-        if segment.weight.k != taps or len(segment.weight.scale) != n:
-            found = [len(segment.weight.scale), segment.weight.k]
-            raise ValueError(f"segments[{i}].weight must be [{n}, {taps}], got {found}")
+        if segment.weight.k != taps or segment.weight.rows != n or segment.weight.group:
+            found = f"{[segment.weight.rows, segment.weight.k]}, groups of {segment.weight.group}"
+            raise ValueError(f"segments[{i}].weight must be [{n}, {taps}] without groups, got {found}")
         if floating != (segments[0].quantization is None):
             raise ValueError("segments must all be quantised or all be floating")
         classes = len(segment.weight.sums)

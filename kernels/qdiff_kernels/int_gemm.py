@@ -1,6 +1,6 @@
 """int_gemm: y[m, n] = s s_w[n] (acc[m, n] - z wsum[n]) + bias[n] + temb[b, n] + residual[m, n], acc = sum_k q w.
 
-With groups along K, y[m, n] = sum over g of s s_w[g, n] (acc[m, n, g] - z wsum[g, n]) + ...: floats add up the groups.
+With groups along K, y[m, n] = sum over g of s s_w[n, g] (acc[m, n, g] - z wsum[n, g]) + ...: floats add up the groups.
 
 Activations int8 (8 or 4 bits wide), 4 bits packed, or floating (mode A16); weights int8 or 4 bits packed; registers
 unpack them. With GEGLU the weight's first half makes values and its second gates, and one program computes both.
@@ -17,72 +17,56 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .accumulate import descriptor_product, offsets, product, tile_of
+from .accumulate import block_of_descriptors, block_product, offsets, tile_of
 from .arithmetic import ASSEMBLY, gelu
 from .epilogue import _reduce_kernel, finished, scaled, stored
 from .operands import check_activations, chunk_of, is_wide, output_form, x_bits
 from .packing import BLOCK, KernelWeight, packed_width
-from .tiles import DESCRIPTOR_ALIGNMENT, GROUP_M, INTERPRETED, Launch, Tile, architecture, choose, paired
-
-
-@triton.jit
-def _accumulated(
-    x, weight, acc, first_row, first_column, weight_row, M, N, K, K_PADDED, stride_xm, first, last, BITS: tl.constexpr,
-    X_BITS: tl.constexpr, FLOATING: tl.constexpr, EVEN_K: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_K: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """acc [BLOCK_M, BLOCK_N] plus the blocks first .. last of K, for the tile at a row of x and a column of the output.
-
-    weight_row: the weight's row for column 0: 0, or N for gates.
-    """
-    if DESCRIPTORS:
-        acc = descriptor_product(
-            x, weight, first_row, weight_row + first_column, acc, first, last, BITS, X_BITS, BLOCK_K, ASM
-        )
-    else:
-        # indices past the end wrap around: their results are not stored, and nothing needs a mask
-        rows = (first_row + tl.arange(0, acc.shape[0])) % M
-        weight_rows = (first_column + tl.arange(0, acc.shape[1])) % N + weight_row
-        weight_bytes = K_PADDED if BITS == 8 else K_PADDED // 2
-        acc = product(
-            x + offsets(rows, WIDE)[:, None] * stride_xm, weight + offsets(weight_rows, WIDE)[:, None] * weight_bytes,
-            acc, first, last, K, K_PADDED, BITS, X_BITS, FLOATING, EVEN_K, BLOCK_K, ASM,
-        )  # fmt: skip
-    return acc
+from .tiles import DESCRIPTOR_ALIGNMENT, GROUP_M, INTERPRETED, Launch, Tile, architecture, choose, grouped, paired
 
 
 @triton.jit
 def _tile_product(
     x, weight, quantization, weight_scale, weight_sum, first_row, first_column, weight_row, M, N, K, K_PADDED,
-    stride_xm, first, last, BITS: tl.constexpr, X_BITS: tl.constexpr, ROWS_PER_COLUMN: tl.constexpr,
-    GROUP_BLOCKS: tl.constexpr, EVEN_K: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
+    stride_xm, stride_group, first, last, BITS: tl.constexpr, X_BITS: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
+    EVEN_K: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """The accumulators of a tile over the blocks first .. last of K; or over the groups first .. last, scaled.
 
-    A group is GROUP_BLOCKS blocks (0: there are none), and its scales and sums are ROWS_PER_COLUMN N apart.
+    weight_row: the weight's row for column 0 of the output: 0, or N for gates.
+    GROUP_BLOCKS: blocks of a group (0: there are no groups), whose scales and sums are ``stride_group`` apart.
     """
     FLOATING: tl.constexpr = quantization is None
-    zeros = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32 if FLOATING else tl.int32)
-    if GROUP_BLOCKS == 0:
-        y = _accumulated(
-            x, weight, zeros, first_row, first_column, weight_row, M, N, K, K_PADDED, stride_xm, first, last, BITS,
-            X_BITS, FLOATING, EVEN_K, DESCRIPTORS, WIDE, BLOCK_K, ASM,
-        )  # fmt: skip
-    else:
-        y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        columns = (first_column + tl.arange(0, BLOCK_N))[None, :]
-        for group in range(first, last):
-            acc = _accumulated(
-                x, weight, zeros, first_row, first_column, weight_row, M, N, K, K_PADDED, stride_xm,
-                group * GROUP_BLOCKS, (group + 1) * GROUP_BLOCKS, BITS, X_BITS, FLOATING, EVEN_K, DESCRIPTORS, WIDE,
-                BLOCK_K, ASM,
-            )  # fmt: skip
-            at = group * ROWS_PER_COLUMN * N + weight_row
+    SIZE: tl.constexpr = GROUP_BLOCKS if GROUP_BLOCKS > 0 else 1
+    columns = first_column + tl.arange(0, BLOCK_N)
+    if not DESCRIPTORS:
+        # indices past the end wrap around: their results are not stored, and nothing needs a mask
+        x_rows = x + offsets((first_row + tl.arange(0, BLOCK_M)) % M, WIDE)[:, None] * stride_xm
+        weight_bytes = K_PADDED if BITS == 8 else K_PADDED // 2
+        weight_rows = weight + offsets(columns % N + weight_row, WIDE)[:, None] * weight_bytes
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32 if FLOATING else tl.int32)
+    y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for part in range(first, last):
+        for block in tl.static_range(SIZE):  # unrolled: one loop, in which loads run ahead of products
+            if DESCRIPTORS:
+                acc = block_of_descriptors(
+                    x, weight, first_row, weight_row + first_column, acc, part * SIZE + block, BITS, X_BITS, BLOCK_K,
+                    ASM,
+                )  # fmt: skip
+            else:
+                acc = block_product(
+                    x_rows, weight_rows, acc, part * SIZE + block, K, K_PADDED, BITS, X_BITS, FLOATING, EVEN_K,
+                    BLOCK_K, ASM,
+                )  # fmt: skip
+        if GROUP_BLOCKS > 0:
+            at = part * stride_group + weight_row
             y += scaled(
-                acc, None, columns, None, N, quantization, weight_scale + at, weight_sum + at, None, None, X_BITS
-            )
-    return y
+                acc, None, columns[None, :], None, N, quantization, weight_scale + at, weight_sum + at, None, None,
+                X_BITS,
+            )  # fmt: skip
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32 if FLOATING else tl.int32)
+    return y if GROUP_BLOCKS > 0 else acc
 
 
 @triton.jit
@@ -123,6 +107,7 @@ def _int_gemm_kernel(
     ASM: tl.constexpr,
 ):
     SCALED: tl.constexpr = GROUP_BLOCKS > 0
+    stride_group = 2 * N if GEGLU else N
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     split = tl.program_id(1)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -132,8 +117,8 @@ def _int_gemm_kernel(
     last = (split + 1) * parts // SPLITS
     acc = _tile_product(
         x, weight, quantization, weight_scale, weight_sum, tile_m * BLOCK_M, tile_n * BLOCK_N, 0, M, N, K, K_PADDED,
-        stride_xm, first, last, BITS, X_BITS, 2 if GEGLU else 1, GROUP_BLOCKS, EVEN_K, DESCRIPTORS, WIDE, BLOCK_M,
-        BLOCK_N, BLOCK_K, ASM,
+        stride_xm, stride_group, first, last, BITS, X_BITS, GROUP_BLOCKS, EVEN_K, DESCRIPTORS, WIDE, BLOCK_M, BLOCK_N,
+        BLOCK_K, ASM,
     )  # fmt: skip
     at_rows = offsets(rows, WIDE)[:, None]
     at_columns = columns[None, :]
@@ -151,8 +136,8 @@ def _int_gemm_kernel(
                 )
             g = _tile_product(
                 x, weight, quantization, weight_scale, weight_sum, tile_m * BLOCK_M, tile_n * BLOCK_N, N, M, N, K,
-                K_PADDED, stride_xm, first, last, BITS, X_BITS, 2, GROUP_BLOCKS, EVEN_K, DESCRIPTORS, WIDE, BLOCK_M,
-                BLOCK_N, BLOCK_K, ASM,
+                K_PADDED, stride_xm, stride_group, first, last, BITS, X_BITS, GROUP_BLOCKS, EVEN_K, DESCRIPTORS, WIDE,
+                BLOCK_M, BLOCK_N, BLOCK_K, ASM,
             )  # fmt: skip
             if not SCALED:
                 g = scaled(
@@ -214,9 +199,8 @@ def int_gemm(
     if out.numel():
         alignment = row_alignment(matrix, weight.values)
         launch = launch or chosen_launch(x, m, n, k, alignment=alignment, statistics=chunk > 0)
-        tile, splits = (paired(launch.tile) if geglu or weight.group else launch.tile), 1 if geglu else launch.splits
-        if weight.group:
-            tile = tile._replace(block_k=math.gcd(tile.block_k, weight.group))
+        tile, splits = (paired(launch.tile), 1) if geglu else launch[:2]
+        tile = grouped(tile, weight.group) if weight.group else tile
         tile = tile._replace(block_n=max(tile.block_n, BLOCK)) if out_packed else tile
         assert tile.block_m >= chunk, "no tile is lower than a chunk"
         splits = min(splits, triton.cdiv(k, weight.group or tile.block_k))

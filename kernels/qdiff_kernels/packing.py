@@ -55,6 +55,8 @@ def pack(values: Tensor, scale: Tensor, bits: int, sums: Tensor | None = None) -
     groups = 1 if scale.dim() == 1 else scale.shape[1]
     if groups > 1 and k % (groups * BLOCK):
         raise ValueError(f"groups along K = {k} must be multiples of {BLOCK}, got {groups} groups")
+    if groups > 1 and sums is not None:
+        raise ValueError("sums by border class are for convolutions, whose scale is [N]")
     if sums is None:
         sums = values.reshape(n, groups, k // groups).sum(2, dtype=torch.int32).t()
     padded = torch.nn.functional.pad(values, (0, -k % BLOCK))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 
@@ -116,6 +117,11 @@ def choose(
 def paired(tile: Tile) -> Tile:
     """The tile for a program with two accumulators: half as wide and with more warps, so that registers hold both."""
     return tile._replace(block_n=min(tile.block_n, 64), warps=8) if tile.block_n > 32 else tile
+
+
+def grouped(tile: Tile, group: int) -> Tile:
+    """The tile for weights whose groups of K have their own scales: room for a second accumulator, whole blocks."""
+    return paired(tile)._replace(block_k=math.gcd(tile.block_k, group))
 
 
 def _tiles(m: int, n: int, tile: Tile) -> int:

@@ -16,6 +16,7 @@ from .learning import (
     align_summary,
     aligned,
     learning_iterations,
+    learning_now,
     rounding_note,
     rounding_options,
 )
@@ -176,7 +177,7 @@ def calibrate(
             on_layer=lambda _: advance(),
             on_trial=advance,
             on_plan=choices.append,
-            on_progress=lambda learnt: advance(f"learning block {learnt.block}, loss {learnt.loss:.3f}"),
+            on_progress=lambda learnt: advance(learning_now(learnt), learnt.advanced),
             on_start=rounding_note(output, recipe),
             cache_dir=partial / "weights",
             device=place,

@@ -65,6 +65,13 @@ def learning_iterations(recipe: Any, calibration: Any) -> int:
     return recipe.learn_iterations * sum(1 for block in find_blocks(calibration.capture.graph) if block.layers)
 
 
+def learning_now(progress: Any) -> str:
+    """What a `reconstruction.stage.Progress` says, in a few words."""
+    if progress.loss is None:
+        return f"block {progress.block}, learnt earlier"
+    return f"learning block {progress.block}, loss {progress.loss:.3f}"
+
+
 def align_options(function: Function) -> Function:
     """--align, --align-iterations, --align-batch, --align-pairs."""
     for option in (

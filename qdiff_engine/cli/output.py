@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import click
 
-Advance = Callable[..., None]  # (what is being done now: str, shown in place of the description)
+Advance = Callable[..., None]  # (what is being done now: str, shown in place of the description; units done: int)
 
 _MENDS = {
     errno.ENOSPC: "free some space and run the same command again",
@@ -59,7 +59,7 @@ class Output:
         columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, Remaining(), console=console, disable=not console.is_terminal) as bar:
             task = bar.add_task(description, total=total)
-            yield lambda now=description: bar.update(task, advance=1, description=now)
+            yield lambda now=description, done=1: bar.update(task, advance=done, description=now)
 
 
 def console_on(file: TextIO) -> Any:

@@ -29,8 +29,8 @@ def group_by_group(int_gemm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         output_scale: Tensor | None = None,
     ) -> Tensor:
         terms: dict[str, Any] = {"residual": residual, "reuse_residual": reuse_residual}
-        groups = weight.groups if isinstance(weight, GemmWeight) else 1  # anything else is refused there
-        if groups == 1 or q.is_floating_point() or q.shape[-1] != weight.values.shape[1]:
+        groups = weight.scale_groups if isinstance(weight, GemmWeight) else 1
+        if groups == 1 or q.is_floating_point() or q.shape[-1:] != weight.values.shape[1:]:  # which is refused there
             return int_gemm(q, weight, scale, zero_point, bias, **terms, output_scale=output_scale)
         for part, of_group in zip(q.chunk(groups, -1), _parts(weight), strict=True):
             y = int_gemm(part.contiguous(), of_group, scale, zero_point, bias, **terms, output_scale=output_scale)
@@ -43,6 +43,6 @@ def group_by_group(int_gemm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _parts(weight: GemmWeight) -> list[GemmWeight]:
     """The weights of every group, packed once."""
     if _KEY not in weight.prepared:
-        columns = zip(weight.values.chunk(weight.groups, 1), weight.scale.unbind(1), strict=True)
+        columns = zip(weight.values.chunk(weight.scale_groups, 1), weight.scale.unbind(1), strict=True)
         weight.prepared[_KEY] = [pack_gemm(v, s.contiguous(), weight.bits) for v, s in columns]
     return weight.prepared[_KEY]

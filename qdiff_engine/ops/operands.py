@@ -28,7 +28,7 @@ class GemmWeight:
     prepared: dict[str, Any] = field(default_factory=dict, repr=False)  # backend name -> its own form of the weights
 
     @property
-    def groups(self) -> int:
+    def scale_groups(self) -> int:
         """G: how many scales along K an output has."""
         return 1 if self.scale.dim() == 1 else self.scale.shape[1]
 

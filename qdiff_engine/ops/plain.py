@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import numerics
 from . import operands
+from .grouped import group_by_group
 from .operands import ConvWeight, GemmWeight, QuantizedCopy, Segment
 
 # float32 holds every integer up to 2^24, so any order of adding this many products of 8-bit integers is exact.
@@ -140,6 +141,7 @@ def attention(
     return q.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+@group_by_group
 def int_gemm(
     q: Tensor,
     weight: GemmWeight,
@@ -153,18 +155,17 @@ def int_gemm(
 ) -> Tensor:
     """y[m, n] = s s_w[n] (acc[m, n] - z wsum[n]) + bias[n] + residual[m, n]; see `ops.int_gemm`."""
     operands.check_gemm(q, weight, scale, zero_point, bias, residual, output_scale)
-    (n, k), groups = weight.values.shape, weight.groups
-    by_group = weight.scale.reshape(n, groups) * (1.0 if output_scale is None else output_scale[:, None])
     if q.is_floating_point():
-        weight_scale = numerics.weight_scales(by_group.reshape(weight.scale.shape), weight.values)
-        y = F.linear(q.float(), weight.values.float() * weight_scale, bias)
+        values, scales = numerics.by_scale(weight.values, weight.scale)
+        w = (values.float() * scales).flatten(1)
+        y = F.linear(q.float(), w if output_scale is None else w * output_scale[:, None], bias)
         return y if residual is None else y.add_(residual)
     assert scale is not None and zero_point is not None
-    x = numerics.signed(q).reshape(-1, groups, k // groups).transpose(0, 1)  # [G, M, K / G]
-    acc = _exact_sum(_chunks(x.float(), weight.values.reshape(n, groups, k // groups).permute(1, 2, 0)))
-    sums = weight.sums.reshape(n, groups).t()[:, None]
-    y = acc.sub_(sums, alpha=zero_point).float().mul_((by_group * scale).t()[:, None]).sum(0)
-    y = y.reshape(*q.shape[:-1], n)
+    weight_scale = weight.scale if output_scale is None else weight.scale * output_scale
+    x = numerics.signed(q).reshape(1, -1, q.shape[-1])
+    acc = _exact_sum(_chunks(x.float(), weight.values.t()[None]))[0]
+    y = acc.sub_(weight.sums, alpha=zero_point).float().mul_(weight_scale * scale)
+    y = y.reshape(*q.shape[:-1], len(weight.values))
     for term in (bias, residual):
         y = y if term is None else y.add_(term)
     return y

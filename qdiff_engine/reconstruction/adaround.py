@@ -38,7 +38,8 @@ class SoftWeight:
 
         The two integers are the one of ``start`` and its neighbour towards ``weight``.
         """
-        scaled = weight.float() / numerics.weight_scales(start.scale, weight)
+        values, scales = numerics.by_scale(weight.float(), start.scale)
+        scaled = (values / scales).reshape(weight.shape)
         chosen = start.values.float()
         floor = torch.where(scaled >= chosen, chosen, chosen - 1)
         upward = (scaled + chosen) / 2 - floor
@@ -53,7 +54,8 @@ class SoftWeight:
     def value(self, upward: Tensor) -> Tensor:
         """The relaxed weight for h(v) = ``upward``."""
         low, high = numerics.weight_range(self.bits)
-        return (self.floor + upward).clamp(low, high) * numerics.weight_scales(self.scale, self.floor)
+        values, scales = numerics.by_scale((self.floor + upward).clamp(low, high), self.scale)
+        return (values * scales).reshape(self.floor.shape)
 
     def rounded(self) -> QuantizedWeight:
         """The integers that the choices stand for."""

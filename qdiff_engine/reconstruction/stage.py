@@ -33,13 +33,20 @@ _MEMORY = 2 << 30  # bytes of the values that wait for a later node, in both bra
 
 @dataclass(frozen=True)
 class Progress:
-    """Where learning is: ``loss`` is the block's squared error on a batch, 1 for the integers that it starts from."""
+    """Where learning is.
+
+    Args:
+        loss: the block's squared error on a batch, 1 for the integers that it starts from; None of a block that an
+            earlier run finished.
+        advanced: iterations since the last report: one, or all of such a block.
+    """
 
     block: int
     blocks: int
     iteration: int
     iterations: int
-    loss: float
+    loss: float | None
+    advanced: int = 1
 
 
 OnProgress = Callable[[Progress], None]
@@ -159,6 +166,8 @@ def _run(
     for index, block in enumerate(blocks):
         known = checkpoint.load(index) if checkpoint is not None and block.layers else None
         report = _reporter(index, len(blocks), stage.settings.iterations, on_progress)
+        if known is not None and on_progress is not None and (count := stage.settings.iterations):
+            on_progress(Progress(index, len(blocks), count, count, None, count))
         tensors = stage.finish(block, known, report)
         if checkpoint is not None and known is None and tensors:
             checkpoint.save(index, tensors)

@@ -27,7 +27,7 @@ from ..graph.ir import Graph
 from ..recipe import Recipe
 from ..tables import NOISE_SUMS, Correction, Noise, Table
 from ..version import __version__
-from ..weights import QuantizedWeight
+from ..weights import QuantizedWeight, scale_groups
 from . import artifact_config, files
 from .artifact_config import CONFIG, GRAPH, MODEL, TABLE_FIELDS, ArtifactError, naming
 from .tensor_file import TensorSpec, read_tensors, write_tensors
@@ -198,7 +198,7 @@ def _describe(artifact: Artifact) -> dict[str, Any]:
         "sites": list(table.sites),
         "output_channels": table.output_scale.shape[1],
         "weights": {
-            layer: [{"bits": w.bits, "shape": list(w.values.shape), "groups": w.scale[0].numel()} for w in parts]
+            layer: [{"bits": w.bits, "shape": list(w.values.shape)} for w in parts]
             for layer, parts in artifact.weights.items()
         },
         "constants": {
@@ -247,7 +247,8 @@ def _expected_tensors(config: dict[str, Any]) -> dict[str, TensorSpec]:
             n, k = entry["shape"][0], math.prod(entry["shape"][1:])
             packed = TensorSpec(torch.uint8, (n, (k + 1) // 2))
             expected[f"weight.{layer}.q{i}"] = packed if entry["bits"] == 4 else TensorSpec(torch.int8, (n, k))
-            scales = (n,) if entry["groups"] == 1 else (n, entry["groups"])
+            groups = scale_groups(entry["shape"], config["recipe"].get("weight_group", 0))
+            scales = (n,) if groups == 1 else (n, groups)
             expected[f"weight.{layer}.scale{i}"] = TensorSpec(torch.float32, scales)
     return expected
 

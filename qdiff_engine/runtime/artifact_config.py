@@ -193,22 +193,13 @@ def _check_weights(layer: str, parts: Any) -> None:
         raise ValueError(f"weights of {layer!r} must be a list with an entry per segment")
     for i, entry in enumerate(parts):
         where = f"weights of {layer!r}, segment {i}"
-        if not isinstance(entry, dict) or set(entry) != {"bits", "shape", "groups"}:
-            raise ValueError(f"{where} must hold 'bits', 'shape' and 'groups'")
+        if not isinstance(entry, dict) or set(entry) != {"bits", "shape"}:
+            raise ValueError(f"{where} must hold 'bits' and 'shape'")
         if type(entry["bits"]) is not int or entry["bits"] not in (4, 8):
             raise ValueError(f"{where}: bits must be 4 or 8, got {entry['bits']!a:.50}")
         _check_shape(entry["shape"], f"{where}: shape", (2, 4))
         if 0 in entry["shape"]:
             raise ValueError(f"{where}: shape {entry['shape']} is empty")
-        _check_groups(entry["groups"], entry["shape"], where)
-
-
-def _check_groups(groups: Any, shape: list[int], where: str) -> None:
-    """How many weight scales an output has: 1, or a divisor of a linear layer's K."""
-    if type(groups) is not int or groups < 1:
-        raise ValueError(f"{where}: groups must be a whole number of at least 1, got {groups!a:.50}")
-    if groups > 1 and (len(shape) != 2 or shape[1] % groups):
-        raise ValueError(f"{where}: groups must be 1 or divide a linear layer's K, got {groups} for shape {shape}")
 
 
 def _check_constant(key: str, entry: Any) -> None:

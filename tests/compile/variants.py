@@ -8,7 +8,7 @@ import triton
 from compiler import Variant
 from qdiff_kernels.group_statistics import MERGED_BLOCKS
 from qdiff_kernels.int_conv2d_box import Box, box_of
-from qdiff_kernels.tiles import DESCRIPTOR_TILES, INTEGER_TILES, NARROW, TILES, Tile, paired
+from qdiff_kernels.tiles import DESCRIPTOR_TILES, INTEGER_TILES, NARROW, TILES, Tile, grouped, paired
 
 _MATRICES = dict.fromkeys(("weight_scale", "quantization", "bias"), "*fp32") | {
     "x": "*i8", "weight": "*i8", "weight_sum": "*i32", "residual": "*fp16", "out": "*fp16",
@@ -69,16 +69,15 @@ def gemm(
 ) -> Variant:  # fmt: skip
     """A launch of `int_gemm`; with GEGLU its result is quantised, as the next product wants it.
 
-    group: of K that share a scale; as the launcher has it, such a tile is narrow, and a block not longer than a group.
+    group: how many of K share a scale.
     """
     types = _types({**_MATRICES, "K": "i32", "stride_xm": "i32"}, bits, x_bits, floating, splits, chunk, packed_out)
     if geglu:
         del types["residual"]
         types |= {"out": "*i8" if x_bits == 8 else "*u8", "out_quantization": "*fp32"}
-    if geglu or group:
         tile = paired(tile)
     if group:
-        tile = tile._replace(block_k=min(tile.block_k, group))
+        tile = grouped(tile, group)
         types |= {"workspace": "*fp32"} if splits > 1 else {}
     if descriptors:
         for argument, rows, width in (("x", tile.block_m, x_bits), ("weight", tile.block_n, bits)):
@@ -176,6 +175,7 @@ def products() -> Iterator[Variant]:
             yield gemm("geglu-descriptors", arch, tile, geglu=True, descriptors=True)
             yield gemm("split-descriptors", arch, tile, splits=4, descriptors=True)
             yield gemm("w4a8-group-descriptors", arch, tile, bits=4, group=128, descriptors=True)
+            yield gemm("group-geglu-descriptors", arch, tile, bits=4, geglu=True, group=128, descriptors=True)
             yield gemm("w4a4-group-descriptors", arch, tile, bits=4, x_bits=4, group=64, descriptors=True)
             yield box("w4a4", arch, tile, bits=4, x_bits=4)
             yield box("w4a8-statistics", arch, tile, bits=4, chunk=64)
@@ -194,7 +194,9 @@ def products() -> Iterator[Variant]:
         yield gemm("geglu", arch, tile, geglu=True)
         yield gemm("geglu-packed", arch, tile, bits=4, x_bits=4, geglu=True)
         yield gemm("split", arch, tiles[-1], splits=4)
+        yield gemm("w8a8-group", arch, tile, group=128)
         yield gemm("w4a8-group", arch, tile, bits=4, group=64)
+        yield gemm("w4a8-group-statistics", arch, tile, bits=4, group=128, chunk=64)
         yield gemm("w4a4-group", arch, tile, bits=4, x_bits=4, group=128)
         yield gemm("w4a16-group", arch, tile, bits=4, floating=True, group=128)
         yield gemm("group-geglu", arch, tile, bits=4, geglu=True, group=64)
@@ -210,16 +212,16 @@ def products() -> Iterator[Variant]:
         del one_row.types["M"]
         one_row.constants["M"] = 1
         yield one_row
-        for rows, chunk, grouped in ((None, 0, False), (None, 64, False), (1, 0, False), (None, 0, True)):
-            kind = f"{rows or 'many'}{'-statistics' if chunk else ''}{'-groups' if grouped else ''}"
+        for rows, chunk, scaled in ((None, 0, False), (None, 64, False), (1, 0, False), (None, 0, True)):
+            kind = f"{rows or 'many'}{'-statistics' if chunk else ''}{'-groups' if scaled else ''}"
             sizes = ({} if rows else {"M": "i32"}) | ({"statistics": "*fp32"} if chunk else {})
-            sizes |= {"workspace": "*fp32" if grouped else "*i32"}
+            sizes |= {"workspace": "*fp32" if scaled else "*i32"}
             yield Variant(
                 f"reduce-{kind}", "qdiff_kernels.epilogue:_reduce_kernel", arch,
                 {**sizes, "weight_scale": "*fp32", "weight_sum": "*i32", "quantization": "*fp32", "bias": "*fp32",
                  "residual": "*fp16", "out": "*fp16", "N": "i32", "image_pixels": "i32", "pixels": "i32"},
                 {"M": rows, "SPLITS": 4, "X_BITS": 8, "OUT_BITS": 8, "OUT_PACKED": False, "WIDE": False,
-                 "CHUNK": chunk, "BLOCK_M": max(chunk, 32), "BLOCK_N": 64, "ASM": True, "SCALED": grouped}, ("N",),
+                 "CHUNK": chunk, "BLOCK_M": max(chunk, 32), "BLOCK_N": 64, "ASM": True, "SCALED": scaled}, ("N",),
             )  # fmt: skip
 
 
