@@ -64,15 +64,4 @@ bool keep_freed_memory() {
 #endif
 }
 
-void unpack_int4(const uint8_t* packed, int8_t* out, int64_t rows, int64_t columns) {
-    const int64_t bytes = ceil_div(columns, 2);
-#pragma omp parallel for schedule(static) if (rows * columns >= kParallelElements)
-    for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t k = 0; k < columns; ++k) {
-            const int nibble = packed[row * bytes + k / 2] >> (k % 2 * 4) & 0xF;
-            out[row * columns + k] = static_cast<int8_t>((nibble ^ 8) - 8);
-        }
-    }
-}
-
 }  // namespace qdiff

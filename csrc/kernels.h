@@ -64,9 +64,6 @@ struct DenoiseStep {
 };
 void denoise_step(const DenoiseStep& step);
 
-// y[n, p, c] += temb[n, c] + residual[n, p, c], each of them or null.
-void add(float* y, int64_t batch, int64_t pixels, int64_t channels, const float* residual, const float* temb);
-
 // What an int32 accumulator becomes: y = (acc - z wsum[class, n]) (s s_w[n]) + bias[n] + temb[b, n] + residual[m, n].
 struct Output {
     int32_t* accumulators;  // [M, N] raw, or null:
@@ -104,8 +101,6 @@ struct MinMax {
     bool finite;
 };
 MinMax min_max(const float* x, int64_t count);
-
-void unpack_int4(const uint8_t* packed, int8_t* out, int64_t rows, int64_t columns);
 
 struct CpuFeatures {
     bool avx2, avx512, avx512_vnni, amx_int8, dotprod;

@@ -118,12 +118,6 @@ void bind_layernorm(Address x, int64_t rows, int64_t features, Address weight, A
                        pointer<const float>(bias), eps, pointer<float>(float_out), pointer<uint8_t>(integer_out), q);
 }
 
-void bind_add(Address y, int64_t batch, int64_t pixels, int64_t channels, Address residual, Address temb) {
-    require(batch >= 0 && pixels >= 0 && channels >= 0, "sizes must not be negative");
-    py::gil_scoped_release release;
-    add(pointer<float>(y), batch, pixels, channels, pointer<const float>(residual), pointer<const float>(temb));
-}
-
 // epilogue: (zero_point, scale, weight_scale, weight_sums, class_index, bias, temb, residual)
 using Epilogue = std::tuple<int32_t, double, Address, Address, Address, Address, Address, Address>;
 
@@ -214,12 +208,6 @@ py::tuple bind_min_max(Address x, int64_t count) {
     return py::make_tuple(range.low, range.high, range.finite);
 }
 
-void bind_unpack_int4(Address packed, Address out, int64_t rows, int64_t columns) {
-    require(rows >= 0 && columns >= 0, "sizes must not be negative");
-    py::gil_scoped_release release;
-    unpack_int4(pointer<const uint8_t>(packed), pointer<int8_t>(out), rows, columns);
-}
-
 py::dict bind_cpu_features() {
     const CpuFeatures features = cpu_features();
     py::dict result;
@@ -240,14 +228,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("attention", bind_attention);
     m.def("layernorm_quantize", bind_layernorm);
     m.def("denoise_step", bind_denoise_step);
-    m.def("add", bind_add);
     m.def("int_gemm", bind_gemm);
     m.def("int_conv2d", bind_conv2d);
     m.def("pack_panels", bind_pack_panels);
     m.def("packed_size", packed_size);
     m.def("histogram", bind_histogram);
     m.def("min_max", bind_min_max);
-    m.def("unpack_int4", bind_unpack_int4);
     m.def("cpu_features", bind_cpu_features);
     m.def("keep_freed_memory", keep_freed_memory);
     m.def("max_threads", max_threads);

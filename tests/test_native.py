@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qdiff_engine import numerics
-from qdiff_engine.ops import native
+from qdiff_engine.ops import extension, native, statistics
+from qdiff_engine.ops import native_products as products
 
-_AVAILABLE, _REASON = native.available()
+_AVAILABLE, _REASON = extension.available()
 pytestmark = pytest.mark.skipif(not _AVAILABLE, reason=_REASON)
 
 STORAGES = [torch.int8, torch.uint8]
@@ -261,9 +262,9 @@ def test_int_conv2d(case, storage, threads):
     q_shape, weight_shape, stride, padding, dilation, groups = case
     q, weight = integers(*q_shape, storage=storage), weights(*weight_shape)
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    packed = native.pack_conv2d(weight, groups)
+    packed = products.pack_conv2d(weight, groups)
     scales = torch.rand(weight.shape[0]) * 0.01 + 0.001
-    acc = native.int_conv2d(q, packed, scales, 0.02, -5, accumulators=True, **geometry)
+    acc = products.int_conv2d(q, packed, scales, 0.02, -5, accumulators=True, **geometry)
     expected = conv_int64(q, weight, stride, padding, dilation, groups)
     assert acc.dtype == torch.int32 and torch.equal(acc.to(torch.int64), expected)
 
@@ -274,7 +275,7 @@ def test_int_conv2d(case, storage, threads):
     top, bottom, left, right = padding
     y = F.conv2d(F.pad(centred, (left, right, top, bottom)), weight.double(), None, stride, 0, dilation, groups)
     y = y * (0.02 * scales.double()).view(-1, 1, 1) + bias.view(-1, 1, 1) + temb[:, :, None, None] + residual
-    found = native.int_conv2d(q, weight, scales, 0.02, -5, bias, temb=temb, residual=residual, **geometry)
+    found = products.int_conv2d(q, weight, scales, 0.02, -5, bias, temb=temb, residual=residual, **geometry)
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert (found.double() - y).abs().max() <= 1e-6 * y.abs().max()
 
@@ -282,10 +283,11 @@ def test_int_conv2d(case, storage, threads):
 def test_int_conv2d_reads_any_strides():
     q, weight = torch.randint(-128, 128, (2, 6, 5, 7), dtype=torch.int8), weights(4, 6, 3, 3)
     scales = torch.rand(4)
-    expected = native.int_conv2d(q.to(memory_format=torch.channels_last), weight, scales, 0.1, 3, padding=1)
-    assert torch.equal(native.int_conv2d(q, weight, scales, 0.1, 3, padding=1), expected)
+    expected = products.int_conv2d(q.to(memory_format=torch.channels_last), weight, scales, 0.1, 3, padding=1)
+    assert torch.equal(products.int_conv2d(q, weight, scales, 0.1, 3, padding=1), expected)
     assert torch.equal(
-        native.int_conv2d(q.transpose(2, 3).contiguous().transpose(2, 3), weight, scales, 0.1, 3, padding=1), expected
+        products.int_conv2d(q.transpose(2, 3).contiguous().transpose(2, 3), weight, scales, 0.1, 3, padding=1),
+        expected,
     )
 
 
@@ -295,38 +297,27 @@ def test_int_conv2d_reads_any_strides():
 ])  # fmt: skip
 def test_int_gemm(rows, features, channels, storage, threads):
     q, weight = integers(rows, features, storage=storage), weights(channels, features)
-    packed, scales = native.pack_gemm(weight), torch.rand(channels) * 0.01 + 0.001
-    acc = native.int_gemm(q, packed, scales, 0.02, 7, accumulators=True)
+    packed, scales = products.pack_gemm(weight), torch.rand(channels) * 0.01 + 0.001
+    acc = products.int_gemm(q, packed, scales, 0.02, 7, accumulators=True)
     expected = numerics.signed(q).long() @ weight.long().T
     assert torch.equal(acc.long(), expected)
     bias, residual = torch.randn(channels), torch.randn(rows, channels)
     y = (expected - 7 * weight.long().sum(1)).double() * (0.02 * scales.double()) + bias + residual
-    found = native.int_gemm(q, weight, scales, 0.02, 7, bias, residual=residual)
+    found = products.int_gemm(q, weight, scales, 0.02, 7, bias, residual=residual)
     assert (found.double() - y).abs().max() <= 1e-6 * y.abs().max()
     assert torch.equal(
-        native.int_gemm(q.view(1, rows, features), packed, scales, 0.02, 7, bias, residual=residual[None])[0], found
+        products.int_gemm(q.view(1, rows, features), packed, scales, 0.02, 7, bias, residual=residual[None])[0],
+        found,
     )
 
 
 def test_int_gemm_holds_the_largest_sum():
     features = numerics.MAX_K
     q, weight = torch.full((1, features), -128, dtype=torch.int8), torch.full((1, features), 127, dtype=torch.int8)
-    found = native.int_gemm(q, weight, torch.ones(1), 1.0, 127)
+    found = products.int_gemm(q, weight, torch.ones(1), 1.0, 127)
     assert found.item() == pytest.approx(-255 * 127 * features, rel=1e-7)
     with pytest.raises(ValueError, match="66311"):
-        native.pack_gemm(torch.ones(1, features + 1, dtype=torch.int8))
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 17, 5, 3), (3, 64, 33)])
-def test_add(shape):
-    y, residual, temb = torch.randn(shape), torch.randn(shape), torch.randn(shape[:2])
-    y = y.movedim(1, -1).contiguous().movedim(-1, 1)
-    spread = temb[(...,) + (None,) * (len(shape) - 2)]
-    assert torch.equal(native.add_(y.clone(), residual), y + residual)
-    assert torch.equal(native.add_(y.clone(), temb=temb), y + spread)
-    assert torch.equal(native.add_(y.clone(), residual, temb), y + spread + residual)
-    found = y.clone()
-    assert native.add_(found, residual) is found
+        products.pack_gemm(torch.ones(1, features + 1, dtype=torch.int8))
 
 
 @pytest.mark.parametrize("count", [1, 17, 4097, 100_003])
@@ -334,30 +325,24 @@ def test_add(shape):
 def test_histogram(count, bins, threads):
     x = torch.randn(count) * 2
     expected = ((x.double() + 3.0) * (bins / 6.5)).floor().clamp(0, bins - 1).long().bincount(minlength=bins)
-    found = native.histogram(x, bins, -3.0, 3.5)
+    found = statistics.histogram(x, bins, -3.0, 3.5)
     assert found.dtype == torch.int64 and torch.equal(found, expected) and found.sum() == count
 
 
 def test_histogram_keeps_wild_values_in_the_table():
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e38, -1e38])
-    assert native.histogram(x, 5, 0.0, 1.0).sum() == 5
+    assert statistics.histogram(x, 5, 0.0, 1.0).sum() == 5
 
 
 @pytest.mark.parametrize("count", [1, 17, 4097, 100_003])
 def test_min_max(count):
     x = torch.randn(count) + 5
-    assert native.min_max(x) == (x.min().item(), x.max().item())
+    assert statistics.min_max(x) == (x.min().item(), x.max().item())
     for poison in (float("nan"), float("inf"), -float("inf")):
         poisoned = x.clone()
         poisoned[count // 2] = poison
         with pytest.raises(ValueError, match="NaN or infinite"):
-            native.min_max(poisoned)
-
-
-@pytest.mark.parametrize("k", [1, 2, 33, 1040])
-def test_unpack_int4(k):
-    values = torch.randint(-8, 8, (17, k), dtype=torch.int8)
-    assert torch.equal(native.unpack_int4(numerics.pack_int4(values), k), values)
+            statistics.min_max(poisoned)
 
 
 def test_results_do_not_depend_on_the_thread_count():
@@ -372,8 +357,8 @@ def test_results_do_not_depend_on_the_thread_count():
             results.append((
                 native.groupnorm_silu_quantize(x, 8, None, None, 1e-5, None),
                 native.quantize(x, 0.02, 3, 8, activation="gelu"),
-                native.int_conv2d(q, weight, scales, 0.02, 3, padding=1),
-                native.histogram(x, 100, -1.0, 1.0),
+                products.int_conv2d(q, weight, scales, 0.02, 3, padding=1),
+                statistics.histogram(x, 100, -1.0, 1.0),
             ))  # fmt: skip
     finally:
         torch.set_num_threads(before)
@@ -382,7 +367,7 @@ def test_results_do_not_depend_on_the_thread_count():
 
 
 def test_threads_are_those_of_torch(threads):
-    kernels = native._kernels()
+    kernels = extension.kernels()
     assert kernels.max_threads() == (threads if kernels.openmp else 1)
 
 
@@ -390,15 +375,15 @@ def test_threads_are_those_of_torch(threads):
 def test_one_openmp_library_is_loaded():
     with open("/proc/self/maps") as maps:
         libraries = {line.split()[-1] for line in maps if "gomp" in line or "libomp" in line or "iomp" in line}
-    if native._kernels().openmp and any("torch" in library for library in libraries):
+    if extension.kernels().openmp and any("torch" in library for library in libraries):
         assert len(libraries) == 1, libraries
 
 
 _ISA_CHECK = """
 import torch
-from qdiff_engine.ops import native
+from qdiff_engine.ops import native_products
 q, w = torch.randint(-128, 128, (61, 333), dtype=torch.int8), torch.randint(-127, 128, (75, 333), dtype=torch.int8)
-acc = native.int_gemm(q, w, torch.ones(75), 1.0, 0, accumulators=True)
+acc = native_products.int_gemm(q, w, torch.ones(75), 1.0, 0, accumulators=True)
 assert torch.equal(acc.long(), q.long() @ w.long().T)
 """
 
@@ -419,7 +404,7 @@ def test_nothing_is_left_unwritten():
         y = native.groupnorm_silu_quantize(x, 3, None, None, 1e-5, None)
         assert y.isfinite().all()
         q = integers(2, 33, 17, 9)
-        assert native.int_conv2d(q, weights(33, 33, 3, 3), torch.ones(33), 1.0, 0, padding=1).isfinite().all()
+        assert products.int_conv2d(q, weights(33, 33, 3, 3), torch.ones(33), 1.0, 0, padding=1).isfinite().all()
 
 
 @pytest.mark.parametrize("call,error,words", [
@@ -440,14 +425,12 @@ def test_nothing_is_left_unwritten():
         ), ValueError, "channel_inverse",
     ),
     (lambda: native.layernorm_quantize(torch.zeros(2, 3), None, torch.ones(2), 1e-5, 1.0), ValueError, "bias"),
-    (lambda: native.int_gemm(torch.zeros(2, 3), weights(2, 3), torch.ones(2), 1.0, 0), TypeError, "q must be"),
-    (lambda: native.int_gemm(integers(2, 4), weights(2, 3), torch.ones(2), 1.0, 0), ValueError, "q must be"),
-    (lambda: native.int_conv2d(integers(1, 3, 2, 2), weights(2, 3, 3, 3), torch.ones(2), 1.0, 0), ValueError, "fit"),
-    (lambda: native.add_(torch.zeros(2, 3, 4, 4)), ValueError, "channels innermost"),
-    (lambda: native.histogram(torch.zeros(3), 0, 0.0, 1.0), ValueError, "bins"),
-    (lambda: native.histogram(torch.zeros(3), 3, 1.0, 1.0), ValueError, "low"),
-    (lambda: native.min_max(torch.zeros(0)), ValueError, "empty"),
-    (lambda: native.unpack_int4(torch.zeros(2, 3, dtype=torch.uint8), 9), ValueError, "packed"),
+    (lambda: products.int_gemm(torch.zeros(2, 3), weights(2, 3), torch.ones(2), 1.0, 0), TypeError, "q must be"),
+    (lambda: products.int_gemm(integers(2, 4), weights(2, 3), torch.ones(2), 1.0, 0), ValueError, "q must be"),
+    (lambda: products.int_conv2d(integers(1, 3, 2, 2), weights(2, 3, 3, 3), torch.ones(2), 1.0, 0), ValueError, "fit"),
+    (lambda: statistics.histogram(torch.zeros(3), 0, 0.0, 1.0), ValueError, "bins"),
+    (lambda: statistics.histogram(torch.zeros(3), 3, 1.0, 1.0), ValueError, "low"),
+    (lambda: statistics.min_max(torch.zeros(0)), ValueError, "empty"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(call, error, words):
     with pytest.raises(error, match=words):
@@ -457,11 +440,11 @@ def test_bad_arguments_are_named(call, error, words):
 def test_empty_batches():
     assert native.quantize(torch.zeros(0, 4, 3, 3), 1.0, 0, 8).shape == (0, 4, 3, 3)
     assert native.groupnorm_silu_quantize(torch.zeros(0, 4, 3, 3), 2, None, None, 1e-5, 1.0).shape == (0, 4, 3, 3)
-    assert native.int_gemm(integers(0, 4), weights(2, 4), torch.ones(2), 1.0, 0).shape == (0, 2)
+    assert products.int_gemm(integers(0, 4), weights(2, 4), torch.ones(2), 1.0, 0).shape == (0, 2)
 
 
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
 def test_malloc_is_left_alone_where_the_user_set_it(name, monkeypatch):
-    monkeypatch.setattr(native, "_kernels", lambda: pytest.fail("malloc was changed"))
+    monkeypatch.setattr(extension, "kernels", lambda: pytest.fail("malloc was changed"))
     monkeypatch.setenv(name, "1")
-    assert native.keep_freed_memory.__wrapped__() is False
+    assert extension.keep_freed_memory.__wrapped__() is False

@@ -94,7 +94,7 @@ def test_merging_rows_keeps_counts_and_spans_all() -> None:
 def test_native_statistics_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 17, 33)
     native = statistics.min_max(x), statistics.histogram(x, 64, -2.0, 2.0)
-    monkeypatch.setattr(statistics.native, "available", lambda: (False, "hidden"))
+    monkeypatch.setattr(statistics.extension, "available", lambda: (False, "hidden"))
     assert statistics.min_max(x) == native[0]
     # the two may put a value on a bin's very edge into either neighbour
     assert int((statistics.histogram(x, 64, -2.0, 2.0) - native[1]).abs().sum()) <= 4

@@ -259,14 +259,14 @@ def test_int_conv2d_is_exact(backend: str, conv: Conv, storage: torch.dtype) -> 
 @pytest.mark.parametrize("conv", CONVS, ids=conv_name)
 def test_native_accumulators_are_exact(conv: Conv) -> None:
     _present("native")
-    from qdiff_engine.ops import native
+    from qdiff_engine.ops import native_products
 
     weight, q, unit = conv.weight(), image(conv.n, conv.cin, conv.h, conv.w), torch.ones(conv.cout)
-    acc = native.int_conv2d(q, weight, unit, 1.0, 9, **conv.geometry(), accumulators=True)
+    acc = native_products.int_conv2d(q, weight, unit, 1.0, 9, **conv.geometry(), accumulators=True)
     assert acc.dtype == torch.int32
     assert torch.equal(acc.to(torch.int64), reference.conv2d_accumulators(q, weight, **conv.geometry()))
     rows, columns = weight.flatten(1), q.permute(0, 2, 3, 1).reshape(-1, conv.cin)[:, : weight.shape[1]].contiguous()
-    acc = native.int_gemm(columns, rows[:, : weight.shape[1]].contiguous(), unit, 1.0, 9, accumulators=True)
+    acc = native_products.int_gemm(columns, rows[:, : weight.shape[1]].contiguous(), unit, 1.0, 9, accumulators=True)
     assert torch.equal(acc.to(torch.int64), reference.gemm_accumulators(columns, rows[:, : weight.shape[1]]))
 
 

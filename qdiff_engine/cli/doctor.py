@@ -34,10 +34,10 @@ def examine() -> dict[str, Any]:
     import torch
 
     from .. import ops
-    from ..ops import native
+    from ..ops import extension
 
-    built, reason = native.available()
-    features = native.cpu_features() if built else {}
+    built, reason = extension.available()
+    features = extension.cpu_features() if built else {}
     backends = ops.backends()
     details = [_gpu(torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count())]
     fast, verdict = judge(features, backends, "" if built else reason)

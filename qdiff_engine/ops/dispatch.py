@@ -58,7 +58,7 @@ def _planned(name: str) -> Callable[[], tuple[bool, str]]:
 
 _BACKENDS = {
     "onednn": Backend(("cpu",), torch.uint8, _imported("onednn")),
-    "native": Backend(("cpu",), torch.int8, _imported("native")),
+    "native": Backend(("cpu",), torch.int8, _imported("extension")),
     "torch": Backend(("cpu", "cuda"), torch.int8, _imported("plain")),
     "triton": Backend(("cuda",), torch.int8, _imported("triton_kernels")),
     "cuda": Backend(("cuda",), torch.int8, _planned("CUDA")),

@@ -1,4 +1,4 @@
-"""`int_gemm` and `int_conv2d` by the C++ kernels of `native`, for packed weights and K segments."""
+"""`int_gemm` and `int_conv2d` by the C++ kernels of `native_products`, for packed weights and K segments."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import native, operands, plain
+from . import extension, native_products, operands, plain
 from .grouped import group_by_group
 from .operands import ConvWeight, GemmWeight, Segment
 
 
 def available() -> tuple[bool, str]:
     """Whether the C++ extension can be imported, and why not."""
-    return native.available()
+    return extension.available()
 
 
 @group_by_group
@@ -35,9 +35,9 @@ def int_gemm(
     assert scale is not None and zero_point is not None
     packed = weight.prepared.get("native")
     if packed is None:
-        packed = weight.prepared["native"] = native.pack_gemm(weight.values)
+        packed = weight.prepared["native"] = native_products.pack_gemm(weight.values)
     weight_scale = weight.scale if output_scale is None else weight.scale * output_scale
-    return native.int_gemm(q, packed, weight_scale, scale, zero_point, bias, residual=residual)
+    return native_products.int_gemm(q, packed, weight_scale, scale, zero_point, bias, residual=residual)
 
 
 def int_conv2d(
@@ -68,7 +68,7 @@ def _convolve(
     q, weight, scale, zero_point, _ = segment
     assert scale is not None and zero_point is not None
     weight_scale = weight.scale if output_scale is None else weight.scale * output_scale
-    return native.int_conv2d(
+    return native_products.int_conv2d(
         plain.place(q, weight.upsample, (0, 0, 0, 0), 0) if weight.upsample > 1 else q,
         _packed(weight),
         weight_scale,
@@ -84,7 +84,7 @@ def _convolve(
     )
 
 
-def _packed(weight: ConvWeight) -> native.PackedConv2d:
+def _packed(weight: ConvWeight) -> native_products.PackedConv2d:
     if "native" not in weight.prepared:
-        weight.prepared["native"] = native.pack_conv2d(weight.values, weight.groups)
+        weight.prepared["native"] = native_products.pack_conv2d(weight.values, weight.groups)
     return weight.prepared["native"]

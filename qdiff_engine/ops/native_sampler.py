@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native, operands
+from . import extension, operands
 
 _PREDICTIONS = ("unclipped", "epsilon", "v_prediction", "sample")  # the order of Prediction in csrc/kernels.h
 
 
 def available() -> tuple[bool, str]:
     """Whether the C++ extension can be imported, and why not."""
-    return native.available()
+    return extension.available()
 
 
 def denoise_step(
@@ -42,8 +42,8 @@ def denoise_step(
     if x.numel():
         pixels = x.numel() // (len(x) * x.shape[1])
         mapped = input_bias is not None and input_bias.dim() > 1
-        native.run_denoise_step(
-            [*images, *corrections, out],
+        extension.kernels().denoise_step(
+            [extension.pointer(tensor) for tensor in (*images, *corrections, out)],
             (len(x), x.shape[1], pixels, pixels if mapped else 1),
             _PREDICTIONS.index(prediction_type) if clipped else 0,
             values,

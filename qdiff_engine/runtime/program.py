@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..graph.ir import Graph
-from ..ops import native
+from ..ops import extension
 from ..tables import Table
 from ..weights import QuantizedWeight
 from .compiler import Compiler, Row, Values, make_rows
@@ -39,7 +39,7 @@ class Program:
         floating: Collection[str] = (),
     ) -> None:
         if device.type == "cpu":
-            native.keep_freed_memory()
+            extension.keep_freed_memory()
         lowered = lower(graph)
         self.corrects = True
         self._set_table(table)
