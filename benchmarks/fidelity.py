@@ -199,7 +199,6 @@ class Setting:
                     **row(model.recipe, model, result, seconds),
                     "eta": self.eta,
                     "correction": contestant.correction,
-                    "weight_group": contestant.weight_group,
                     "step_sizes": contestant.step_sizes,
                     "alignment": contestant.align,
                     "pairs": contestant.pairs,

@@ -18,18 +18,20 @@ from qdiff_engine.models import ddim, demo_model
 
 RESULTS = "quality-mnist32.json"
 COLUMNS = (
-    "weights", "activations", "rounding", "equalise", "observer", "rows", "edges", "psnr_db", "psnr_db_min", "ssim",
-    "latent_error", "gbops", "gbops_ratio", "quantization_seconds",
+    "weights", "activations", "rounding", "weight_group", "equalise", "observer", "rows", "edges", "psnr_db",
+    "psnr_db_min", "ssim", "latent_error", "gbops", "gbops_ratio", "quantization_seconds",
 )  # fmt: skip
 SEED = 1  # of the images; the calibration draws from seed 0, so no image was calibrated on
 PRECISIONS = ("w8a8", "w4a8", "w4a4", "w8a16")
-CHANGES = (  # one choice at a time away from the defaults: observer mse, rows step, edges a16, weights nearest
+CHANGES = (  # one choice at a time; what is a recipe's default already is left out
     {"observer": "minmax"},
     {"observer": "percentile"},
     {"rows": "group:5"},
     {"rows": "static"},
     {"edges": "a8"},
+    {"weights": "nearest"},
     {"weights": "gptq"},
+    {"weight_group": 64},
     {"equalise": "on"},
 )
 
@@ -40,7 +42,8 @@ def recipes(quick: bool) -> Iterator[qe.Recipe]:
         default = qe.Recipe.named(name)
         yield default
         if default.activation_bits < 16 and not quick:
-            yield from (qe.Recipe.named(name, **change) for change in CHANGES)
+            changed = (qe.Recipe.named(name, **change) for change in CHANGES)
+            yield from (recipe for recipe in changed if recipe != default)
 
 
 def row(recipe: qe.Recipe, model: qe.IntegerUNet, result: Comparison, seconds: dict[str, float]) -> dict[str, Any]:
@@ -51,6 +54,7 @@ def row(recipe: qe.Recipe, model: qe.IntegerUNet, result: Comparison, seconds: d
         "weights": f"int{recipe.weight_bits}",
         "activations": f"a{recipe.activation_bits}",
         "rounding": recipe.weights,
+        "weight_group": recipe.weight_group,
         "equalise": recipe.equalise,
         "plan": recipe.plan,
         "observer": recipe.observer,
