@@ -19,23 +19,19 @@ COLUMNS = (
 SEEDS = (1, 2, 3)  # of the images; calibration draws from seed 0, the noise is measured on seed 10,000
 CORRECTED = [Contestant(precision, method) for precision in ("w4a4", "w4a8", "w8a8") for method in ("none", BEST)]
 MIXED = [Contestant("w4a8-mixed", method) for method in ("none", BEST)]  # at 90 % of W4A8's BOPs
-LEARNT = [
-    Contestant("w4a8", weights="nearest"),
-    Contestant("w4a8", weights="adaround", align="accuquant:5"),
-    Contestant("w4a4", weights="adaround"),
-    Contestant("w4a4", weights="adaround", align="accuquant:10"),
-]
+LEARNT_A8 = [Contestant("w4a8", weights="nearest"), Contestant("w4a8", weights="adaround", align="accuquant:5")]
+LEARNT_A4 = [Contestant("w4a4", weights="adaround", align=align) for align in ("none", "accuquant:10")]
 
 
 def plan(quick: bool) -> list[sections.Section]:
-    """Corrections of the default recipes and of the plan, then learning against nearest rounding, seed by seed."""
+    """Corrections of the default recipes and of the plan, then what learning gains, seed by seed."""
     setting = functools.cache(lambda: Setting(0.0, quick))
 
     def section(name: str, contestants: list[Contestant], seed: int) -> sections.Section:
         images = 2 if quick else 2048
         return sections.Section(f"{name} seed {seed}", lambda: setting().rows(contestants, images, seed), seconds=1500)
 
-    groups = {"corrections": CORRECTED, "plan": MIXED, "learning": LEARNT}
+    groups = {"corrections": CORRECTED, "plan": MIXED, "learning at A8": LEARNT_A8, "learning at A4": LEARNT_A4}
     found = [section(name, contestants, seed) for name, contestants in groups.items() for seed in SEEDS]
     return found[:1] if quick else found
 

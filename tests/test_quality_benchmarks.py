@@ -52,7 +52,7 @@ def test_every_contestant_is_a_valid_recipe() -> None:
     learnt = reconstruction.corrected(
         reconstruction.rounded("w4a4", "nearest") + reconstruction.aligned("w4a4", "adaround")
     )
-    for contestant in (*corrected, *learnt, *gates.CORRECTED, *gates.MIXED, *gates.LEARNT):
+    for contestant in (*corrected, *learnt, *gates.CORRECTED, *gates.MIXED, *gates.LEARNT_A8, *gates.LEARNT_A4):
         contestant.recipe()
         check_align(contestant.align)
         check_correct(contestant.correction.removesuffix(UNCLAMPED))
