@@ -24,11 +24,9 @@ def group_by_group(int_gemm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         zero_point: int | None,
         bias: Tensor | None = None,
         *,
-        residual: Tensor | None = None,
-        reuse_residual: bool = False,
         output_scale: Tensor | None = None,
+        **terms: Any,  # the residual, and whether its memory may be overwritten
     ) -> Tensor:
-        terms: dict[str, Any] = {"residual": residual, "reuse_residual": reuse_residual}
         groups = weight.scale_groups if isinstance(weight, GemmWeight) else 1
         if groups == 1 or q.is_floating_point() or q.shape[-1:] != weight.values.shape[1:]:  # which is refused there
             return int_gemm(q, weight, scale, zero_point, bias, **terms, output_scale=output_scale)
