@@ -4,7 +4,8 @@ python -m benchmarks.plans    all rows, written to benchmarks/results/quality-pl
 
 "row:R" runs one row alone at A4, on images of their own: what each step's precision is worth, for the same image (PSNR)
 and for images as good (Fréchet distance). "frechet:SHARE:K" has that share of rows at A4: of all such plans the one
-with the K-th least Fréchet distance, as far as the effects of single rows on an image's features add up.
+with the K-th least Fréchet distance, as far as the effects of single rows on an image's features add up. The plans
+drawn at random ("random:SHARE:DRAW") tell how good that prediction is.
 """
 
 from __future__ import annotations
@@ -37,18 +38,18 @@ from qdiff_engine.quality import extract, frechet_distance
 RESULTS = "quality-plans-mnist32.json"
 COLUMNS = (
     "weights", "plan", "modes", "switchable_fraction", "psnr_db", "ssim", "latent_error", "frechet_to_float",
-    "class_accuracy", "gbops", "quantization_seconds",
+    "frechet_predicted", "class_accuracy", "gbops", "quantization_seconds",
 )  # fmt: skip
 ASKED = (  # (recipe, plan)
     ("w4a8", "uniform"),
     ("w4a4", "uniform"),
     ("w4a8", "budget:0.6:A4,A8"),
     ("w4a8", "snr:share=0.8"),
-    ("w4a8", "random:0.8"),
+    ("w4a8", "random:0.8:0"),
     ("w4a8", "frechet:0.8:1"),
     ("w4a8", "budget:0.9:A4,A8"),
     ("w4a8", "snr:share=0.2"),
-    ("w4a8", "random:0.2"),
+    *(("w4a8", f"random:0.2:{draw}") for draw in range(8)),
     *(("w4a8", f"frechet:0.2:{k}") for k in range(1, 9)),
     ("w8a8", "uniform"),
     ("w8a8", "budget:1.2:A8,A16"),
@@ -84,24 +85,26 @@ def ranking(effects: RowEffects, count: int) -> list[tuple[float, tuple[int, ...
     return sorted((effects.distance(chosen), chosen) for chosen in choices)
 
 
-def plan_of(name: str, rows: int, effects: RowEffects | None = None) -> tuple[str | tuple[str, ...], float | None]:
-    """A recipe's plan; "random:SHARE", "frechet:SHARE:K" and "row:R" name the rows at A4.
-
-    Returns:
-        The plan, and the Fréchet distance that ``effects`` predict for it where it was chosen by that.
-    """
+def plan_of(name: str, rows: int, effects: RowEffects | None = None) -> str | tuple[str, ...]:
+    """A recipe's plan; "random:SHARE:DRAW", "frechet:SHARE:K" (by ``effects``) and "row:R" name the rows at A4."""
     kind, *values = name.split(":")
-    predicted = None
     if kind == "row":
         chosen: Iterable[int] = {int(values[0])}
     elif kind == "random":
-        chosen = random.Random(0).sample(range(rows), round(float(values[0]) * rows))
+        chosen = random.Random(int(values[1])).sample(range(rows), round(float(values[0]) * rows))
     elif kind == "frechet":
         assert effects is not None
-        predicted, chosen = ranking(effects, round(float(values[0]) * rows))[int(values[1]) - 1]
+        _, chosen = ranking(effects, round(float(values[0]) * rows))[int(values[1]) - 1]
     else:
-        return name, None
-    return tuple("A4" if r in set(chosen) else "A8" for r in range(rows)), predicted
+        return name
+    return tuple("A4" if r in set(chosen) else "A8" for r in range(rows))
+
+
+def predicted(modes: Sequence[str], effects: RowEffects | None) -> float | None:
+    """The Fréchet distance that single rows' effects promise a plan of A4 and A8; None where they say nothing of it."""
+    if effects is None or not set(modes) <= {"A4", "A8"}:
+        return None
+    return effects.distance(r for r, mode in enumerate(modes) if mode == "A4")
 
 
 class Plans:
@@ -119,11 +122,10 @@ class Plans:
         self, asked: Sequence[tuple[str, str]], seed: int, effects: RowEffects | None = None
     ) -> tuple[list[dict[str, Any]], dict[str, Comparison]]:
         """One row for each (recipe, plan), and what it was made of; all share one float trajectory."""
-        models, spent, predicted = {}, {}, {}
+        models, spent = {}, {}
         for key in asked:
             start = time.perf_counter()
-            plan, predicted[key] = plan_of(key[1], self.steps, effects)
-            recipe = qe.Recipe.named(key[0], plan=plan)
+            recipe = qe.Recipe.named(key[0], plan=plan_of(key[1], self.steps, effects))
             models[key] = qe.quantize(self.unet, self.calibration, recipe, cache_dir=self.cache / key[0])
             spent[key] = round(time.perf_counter() - start, 2)
             print(f"{' '.join(key)}: {spent[key]} s", file=sys.stderr, flush=True)
@@ -138,7 +140,7 @@ class Plans:
                 "seed": seed,
                 "modes": " ".join(mode[1:] for mode in model.table.modes),
                 "switchable_fraction": switchable_fraction(model.table.modes),
-                "frechet_predicted": predicted[key],
+                "frechet_predicted": predicted(model.table.modes, effects) if key[0] == "w4a8" else None,
                 "frechet_note": results[" ".join(key)].perception.frechet_note,
                 "class_accuracy": results[" ".join(key)].perception.class_accuracy,
             }

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import corrections, gates, plans, reconstruction
+from benchmarks import corrections, gates, more_steps, plans, reconstruction
 from benchmarks.fidelity import UNCLAMPED, Contestant
 from qdiff_engine.recipe import check_align, check_correct
 
@@ -23,17 +23,18 @@ def test_a_contestant_is_made_by_its_last_step_from_another() -> None:
     assert Contestant("w4a8").recipe().weights == "gptq"  # the recipe's own
 
 
-@pytest.mark.parametrize("benchmark_module", [corrections, gates, reconstruction])
+@pytest.mark.parametrize("benchmark_module", [corrections, gates, more_steps, reconstruction])
 def test_sections_have_names_of_their_own(benchmark_module: ModuleType) -> None:
     names = [section.name for section in benchmark_module.plan(False)]
     assert len(set(names)) == len(names) > len(benchmark_module.plan(True)) > 0
 
 
 def test_plans_that_the_benchmark_makes_itself() -> None:
-    assert plans.plan_of("row:1", 3) == (("A8", "A4", "A8"), None)
-    drawn, _ = plans.plan_of("random:0.2", 20)
-    assert drawn == plans.plan_of("random:0.2", 20)[0] and drawn.count("A4") == 4 and len(drawn) == 20
-    assert plans.plan_of("budget:0.9", 20) == ("budget:0.9", None)
+    assert plans.plan_of("row:1", 3) == ("A8", "A4", "A8")
+    drawn = plans.plan_of("random:0.2:0", 20)
+    assert drawn == plans.plan_of("random:0.2:0", 20) and drawn.count("A4") == 4 and len(drawn) == 20
+    assert drawn != plans.plan_of("random:0.2:1", 20)
+    assert plans.plan_of("budget:0.9", 20) == "budget:0.9"
 
 
 def test_rows_whose_effects_cancel_are_found() -> None:
@@ -42,9 +43,11 @@ def test_rows_whose_effects_cancel_are_found() -> None:
     effects = plans.RowEffects(features, features, [features + shift for shift in shifts])
     for chosen in ((1,), (0, 2), (0, 1, 2, 3)):  # equal covariances: the squared distance of the means is left
         assert effects.distance(chosen) == pytest.approx(float(sum(shifts[r] for r in chosen).square().sum()))
-    assert plans.plan_of("frechet:0.25:1", 4, effects) == (("A4", "A8", "A8", "A8"), pytest.approx(0.25))
-    assert plans.plan_of("frechet:0.5:1", 4, effects) == (("A8", "A4", "A8", "A4"), pytest.approx(0.01))
-    assert plans.plan_of("frechet:0.5:2", 4, effects)[0] == ("A4", "A8", "A4", "A8")
+    nearest = plans.plan_of("frechet:0.5:1", 4, effects)
+    assert nearest == ("A8", "A4", "A8", "A4") and plans.predicted(nearest, effects) == pytest.approx(0.01)
+    assert plans.plan_of("frechet:0.25:1", 4, effects) == ("A4", "A8", "A8", "A8")
+    assert plans.plan_of("frechet:0.5:2", 4, effects) == ("A4", "A8", "A4", "A8")
+    assert plans.predicted(("A8", "A16", "A8", "A4"), effects) is None and plans.predicted(nearest, None) is None
 
 
 def test_every_contestant_is_a_valid_recipe() -> None:
