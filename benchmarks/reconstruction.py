@@ -32,9 +32,9 @@ def rounded(precision: str, weights: str) -> list[Contestant]:
     return [Contestant(precision, weights=weights, **change) for change in changes]
 
 
-def aligned(precision: str, weights: str) -> list[Contestant]:
-    """Every group size."""
-    return [Contestant(precision, weights=weights, align=f"accuquant:{group}") for group in GROUPS]
+def aligned(precision: str) -> list[Contestant]:
+    """Learnt rounding, then every group size."""
+    return [Contestant(precision, weights="adaround", align=f"accuquant:{group}") for group in GROUPS]
 
 
 def corrected(contestants: list[Contestant]) -> list[Contestant]:
@@ -51,18 +51,17 @@ def plan(quick: bool) -> list[sections.Section]:
 
     found = []
     for precision in PRECISIONS:
-        found.append(
-            section(f"{precision} rounded", corrected(rounded(precision, "nearest") + rounded(precision, "gptq")))
-        )
-        found.append(section(f"{precision} aligned", corrected(aligned(precision, "gptq"))))
+        both = rounded(precision, "nearest") + rounded(precision, "gptq")
+        found.append(section(f"{precision} rounded", corrected(both)))
     for precision in PRECISIONS:
         learnt = [Contestant(precision, weights="adaround", step_sizes=steps) for steps in ("observed", "learnt")]
-        found.append(section(f"{precision} learnt", corrected(learnt + aligned(precision, "adaround"))))
-    chosen = [Contestant("w4a4", weights="gptq", align="accuquant:5", pairs=pairs) for pairs in PAIRS]
-    found.append(section("w4a4 calibration sets", chosen))
+        found.append(section(f"{precision} learnt", corrected(learnt + aligned(precision))))
     many = [Contestant("w4a4", weights=weights) for weights in ("nearest", "gptq")]
     many.append(Contestant("w4a4", weights="adaround", align="accuquant:5"))
     found.append(section("w4a4 50 steps", corrected(many), steps=50))
+    for precision in PRECISIONS:  # alignment without learnt rounding, on the calibration set and on parts of it
+        sets = [Contestant(precision, weights="gptq", align="accuquant:5", pairs=pairs) for pairs in PAIRS]
+        found.append(section(f"{precision} calibration sets", corrected(sets[:1]) + sets[1:]))
     return found[:2] if quick else found
 
 

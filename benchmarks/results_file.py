@@ -216,6 +216,7 @@ def section_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sections", default="", help="only sections whose name matches this regular expression")
     parser.add_argument("--afresh", action="store_true", help="forget the rows of an earlier run")
+    parser.add_argument("--any-commit", action="store_true", help="go on with the rows of an earlier commit, too")
     parser.add_argument("--commit", default=None, help="of the sources, where they are no git checkout")
 
 

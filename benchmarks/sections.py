@@ -1,6 +1,7 @@
 """Benchmarks in sections: the result file is written whole after each, and a run that was cut short goes on.
 
-A row remembers its section. Rows of another machine, library version or commit are not added to.
+A row remembers its section and the commit of its sources. Rows of another machine or library version are not added to,
+nor those of another commit unless that is asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from qdiff_engine.baselines import first_line
 from qdiff_engine.measuring import thread_count
 
 Rows = list[dict[str, Any]]
-_SAME = ("gpu", "cpu", "torch", "triton", "commit")  # what rows of one file have in common
+_SAME = ("gpu", "cpu", "torch", "triton")  # what rows of one file have in common
 _FRAMES = 6  # of a traceback, the innermost ones
 _WHOLE = 0.9  # a section that had this share of the budget to itself does not fit into it
 
@@ -66,8 +67,11 @@ def appended(rows: Rows, new: Rows) -> Rows:
     return rows + new
 
 
-def earlier(path: Path, kind: str, machine: Mapping[str, Any]) -> tuple[Rows, dict[str, Any]]:
+def earlier(path: Path, kind: str, machine: Mapping[str, Any], any_commit: bool = False) -> tuple[Rows, dict[str, Any]]:
     """(rows, {"sections": ..., "absent": ...}) of an earlier run that this one can go on with; empty otherwise.
+
+    Args:
+        any_commit: the sources may have changed since.
 
     Raises:
         ValueError: the file is not a result file of ``kind``.
@@ -77,11 +81,13 @@ def earlier(path: Path, kind: str, machine: Mapping[str, Any]) -> tuple[Rows, di
     document = json.loads(path.read_text(encoding="utf-8"))
     results_file.check(document, kind)
     found = document["machine"]
-    changed = [key for key in _SAME if found.get(key) != machine.get(key)]
+    same = _SAME if any_commit else (*_SAME, "commit")
+    changed = [key for key in same if found.get(key) != machine.get(key)]
     if changed:
         print(f"{path.name} is of another {', '.join(changed)}: starting afresh", file=sys.stderr)
         return [], {}
-    return document["rows"], {key: found[key] for key in ("sections", "absent") if key in found}
+    rows = [{"commit": found["commit"], **row} for row in document["rows"]]
+    return rows, {key: found[key] for key in ("sections", "absent") if key in found}
 
 
 def run(
@@ -105,7 +111,7 @@ def run(
     Returns:
         All rows, and what went wrong, one line per section; a wrong section is measured again by the next run.
     """
-    rows, known = ([], {}) if path is None or options.afresh else earlier(path, kind, machine)
+    rows, known = ([], {}) if path is None or options.afresh else earlier(path, kind, machine, options.any_commit)
     machine |= {"sections": {}, "absent": {}} | known
     budget, start, ran, wrong = options.budget_seconds, clock() if start is None else start, False, []
     wanted = [section for section in sections if re.search(options.sections, section.name)]
@@ -119,7 +125,7 @@ def run(
         ran = True
         try:
             with time_limit(left):
-                new = [{**row, "section": section.name} for row in section.measure()]
+                new = [{**row, "section": section.name, "commit": machine["commit"]} for row in section.measure()]
             rows = merge(rows, new)
         except OutOfTime:
             assert budget is not None and left is not None

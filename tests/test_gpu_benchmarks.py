@@ -28,7 +28,7 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def options(**changes: Any) -> Namespace:
-    return Namespace(**{"budget_seconds": None, "sections": "", "afresh": False, **changes})
+    return Namespace(**{"budget_seconds": None, "sections": "", "afresh": False, "any_commit": False, **changes})
 
 
 def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +91,17 @@ def test_rows_of_another_commit_are_not_added_to(tmp_path: Path) -> None:
     sections.run(todo, options(), "kernels", {**MACHINE, "commit": "def"}, path, clock=clock)
     sections.run(todo, options(afresh=True), "kernels", {**MACHINE, "commit": "def"}, path, clock=clock)
     assert log == ["a"] * 3 and len(json.loads(path.read_text())["rows"]) == 1
+
+
+def test_rows_of_another_commit_stay_beside_new_ones_if_asked(tmp_path: Path) -> None:
+    path, clock, log = tmp_path / "x-kernels.json", Clock(), []
+    todo = [clock.section("a", 1.0, log), clock.section("b", 1.0, log)]
+    sections.run(todo[:1], options(), "kernels", dict(MACHINE), path, clock=clock)
+    sections.run(todo, options(any_commit=True), "kernels", {**MACHINE, "commit": "def"}, path, clock=clock)
+    commits = [(row["section"], row["commit"]) for row in json.loads(path.read_text())["rows"]]
+    assert log == ["a", "b"] and commits == [("a", MACHINE["commit"]), ("b", "def")]
+    sections.run(todo, options(any_commit=True), "kernels", {**MACHINE, "torch": "0"}, path, clock=clock)
+    assert log == ["a", "b"] * 2
 
 
 def test_a_wrong_section_is_told_and_measured_again(tmp_path: Path) -> None:

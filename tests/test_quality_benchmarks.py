@@ -52,9 +52,7 @@ def test_rows_whose_effects_cancel_are_found() -> None:
 
 def test_every_contestant_is_a_valid_recipe() -> None:
     corrected = [Contestant("w4a8", method) for method in corrections.METHODS + corrections.WITH_VARIANCE]
-    learnt = reconstruction.corrected(
-        reconstruction.rounded("w4a4", "nearest") + reconstruction.aligned("w4a4", "adaround")
-    )
+    learnt = reconstruction.corrected(reconstruction.rounded("w4a4", "nearest") + reconstruction.aligned("w4a4"))
     for contestant in (*corrected, *learnt, *gates.CORRECTED, *gates.MIXED, *gates.LEARNT_A8, *gates.LEARNT_A4):
         contestant.recipe()
         check_align(contestant.align)
