@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .measuring import Contestant, autocast, channels_last, cuda_graph
-from .sampling import predict
+from .sampling import moved, predict
 
 # what a foreign package raises where it is missing or does not take a network
 _REFUSALS = (ImportError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError)
@@ -24,13 +24,6 @@ class Inputs(NamedTuple):
     sample: Tensor  # [B, C, H, W]
     timestep: Tensor  # [B], one value
     conditioning: dict[str, Any]
-
-
-def moved(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """Nested tensors on ``device``, the floating ones in ``dtype`` where it is given."""
-    if isinstance(value, Mapping):
-        return {name: moved(item, device, dtype) for name, item in value.items()}
-    return value.to(device, dtype) if dtype is not None and value.is_floating_point() else value.to(device)
 
 
 def float_contestants(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import numerics, ops
-from .baselines import Inputs, float_contestants, half_precision, moved
+from .baselines import Inputs, float_contestants, half_precision
 from .bops import count_bops
 from .graph.interpret import flatten_conditioning
 from .graph.ir import Node, sizes
@@ -30,7 +30,7 @@ from .measuring import (
 )
 from .plan_requests import switchable_fraction
 from .runtime.model import IntegerUNet
-from .sampling import Conditioning, check_count, conditioning_for, predict, timestep_tensor
+from .sampling import Conditioning, check_count, conditioning_for, moved, predict, timestep_tensor
 from .tables import Table
 
 INPUT_SETS = 4

@@ -263,7 +263,7 @@ def guided_prediction(model: Any, guidance: Guidance, step: Step, batch: int) ->
     """The model's guided prediction for the latents that the original received at ``step``."""
     chunks = [range(j, min(j + batch, len(step.sample))) for j in range(0, len(step.sample), batch)]
     parts = [guidance.prediction(model, step.sample[c.start : c.stop], step.timestep, c) for c in chunks]
-    return torch.cat([part.float().cpu() for part in parts])
+    return torch.cat([part.float() for part in parts])
 
 
 def _own_trajectory(

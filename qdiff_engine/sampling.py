@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .samplers import Stepper, mismatches, sampler_key
 from .samplers import check_count as check_count
@@ -99,6 +99,32 @@ def predict(unet: Any, sample: Tensor, timestep: Tensor, conditioning: Mapping[s
     return output[0] if isinstance(output, tuple | list) else getattr(output, "sample", output)
 
 
+def moved(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """Nested tensors on ``device``, the floating ones in ``dtype`` where it is given."""
+    if isinstance(value, Mapping):
+        return {name: moved(item, device, dtype) for name, item in value.items()}
+    return value.to(device, dtype) if dtype is not None and value.is_floating_point() else value.to(device)
+
+
+def home(network: Any) -> torch.device:
+    """Where a network computes: its own ``device``, its parameters', or the CPU."""
+    device = getattr(network, "device", None)
+    if isinstance(device, torch.device):
+        return device
+    parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def predict_at_home(network: Any, sample: Tensor, timestep: float, conditioning: Mapping[str, Any]) -> Tensor:
+    """`predict` of a network on any device and in any dtype, for a ``sample`` on any; the output is like the sample."""
+    device, times = home(network), timestep_tensor(timestep, len(sample))
+    parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+    dtype = None if parameter is None or not parameter.is_floating_point() else parameter.dtype
+    if parameter is not None:  # an integer model has none, and reads the timestep on the host
+        times = times.to(device)
+    return predict(network, moved(sample, device, dtype), times, moved(conditioning, device, dtype)).to(sample)
+
+
 @dataclass(frozen=True)
 class Guidance:
     """Classifier-free guidance: e = e_u + scale (e_c - e_u); no guidance when ``scale`` is None."""
@@ -123,19 +149,18 @@ class Guidance:
         """(conditional, unconditional) predictions, from one call; without guidance the latter is None."""
         conditional = conditioning_for(self.conditioning, samples)
         if self.scale is None:
-            return predict(unet, sample, timestep_tensor(timestep, len(sample)), conditional), None
+            return predict_at_home(unet, sample, timestep, conditional), None
         both = _both(conditioning_for(self.unconditional, samples), conditional)
-        output = predict(unet, torch.cat([sample, sample]), timestep_tensor(timestep, 2 * len(sample)), both)
+        output = predict_at_home(unet, torch.cat([sample, sample]), timestep, both)
         without, with_ = output.chunk(2)
         return with_, without
 
     def in_batches(self, unet: Any, sample: Tensor, timestep: float, batch: int) -> tuple[Tensor, Tensor | None]:
-        """`branches` of all samples [n, C, H, W], ``batch`` a call; float32 on the CPU."""
+        """`branches` of all samples [n, C, H, W], ``batch`` a call; float32, where the samples are."""
         chunks = [range(j, min(j + batch, len(sample))) for j in range(0, len(sample), batch)]
         parts = [self.branches(unet, sample[c.start : c.stop], timestep, c) for c in chunks]
         with_, without = (
-            None if side[0] is None else torch.cat([part.float().cpu() for part in side])
-            for side in zip(*parts, strict=True)
+            None if side[0] is None else torch.cat([part.float() for part in side]) for side in zip(*parts, strict=True)
         )
         assert with_ is not None
         return with_, without
@@ -179,7 +204,7 @@ def denoise(
         on_step: called after every step.
 
     DDIM and DDPM steps are one operator, `ops.denoise_step`: guidance, update, noise, input bias. Other samplers step
-    by themselves.
+    by themselves. The loop runs where ``unet`` does; what ``on_step`` sees and the result lie where ``latents`` do.
 
     Raises:
         ValueError: an argument out of range, or NaN in the latents or in a prediction.
@@ -189,18 +214,18 @@ def denoise(
     check_count("batch", batch)
     if not bool(torch.isfinite(latents).all()):
         raise ValueError("latents hold NaN or infinity")
-    latents = latents * stepper.initial_scale
+    given, latents = latents.device, latents.to(home(unet)) * stepper.initial_scale
     for i, value in enumerate(stepper.timesteps):
         received = stepper.received(i, latents)
         known = recorded.get(i)
-        branches = guidance.in_batches(unet, received, value, batch) if known is None else (known, None)
+        branches = guidance.in_batches(unet, received, value, batch) if known is None else (known.to(latents), None)
         if not all(bool(torch.isfinite(e).all()) for e in branches if e is not None):
             raise ValueError(f"the UNet predicted NaN or infinity at step {i} (timestep {value:g})")
         latents = stepper.step(i, latents, *branches)
         if on_step is not None:
-            prediction = guidance.combined(*branches)
-            on_step(Step(i, len(stepper.timesteps), value, received, prediction, latents))
-    return latents
+            seen = (part.to(given) for part in (received, guidance.combined(*branches), latents))
+            on_step(Step(i, len(stepper.timesteps), value, *seen))
+    return latents.to(given)
 
 
 @contextlib.contextmanager
@@ -250,7 +275,7 @@ def sample(
     strict: bool = False,
     on_step: Callable[[Step], None] | None = None,
 ) -> Tensor:
-    """Images (or latents) [n, C, H, W] drawn with ``model``; the same seed gives the same images for any ``batch``.
+    """Images (or latents) [n, C, H, W] drawn with ``model``, on the CPU; the same seed gives the same in any batch.
 
     Args:
         model: an `IntegerUNet` or any UNet called as ``model(sample, timestep, **conditioning)``.

@@ -17,6 +17,7 @@ from qdiff_engine.graph.ir import Node
 from qdiff_engine.graph.operators import FLOAT_OPS
 from qdiff_engine.ops import dispatch
 from qdiff_engine.runtime.compiler import Compiler
+from qdiff_engine.sampling import Guidance, initial_noise
 
 OLD = r"Tesla T4 has compute capability 7\.5, the kernels need 8\.0 or newer"
 
@@ -93,3 +94,41 @@ def test_a_tensor_made_of_numbers_lies_on_the_models_device(op: str, args: tuple
     values: list[Any] = [None]
     Compiler.floating(cast(Compiler, compiler), node, FLOAT_OPS[op])(values, cast(Any, None))
     assert values[0].is_meta and values[0].dtype == torch.float32
+
+
+class Received(Exception):
+    """What a network was called with."""
+
+
+class Elsewhere(torch.nn.Module):
+    """A half-precision network on a device without data, which raises what it receives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3, device="meta", dtype=torch.float16))
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: dict[str, torch.Tensor]) -> torch.Tensor:
+        raise Received(sample, timestep, *text.values())
+
+
+def test_a_sampling_loop_runs_where_the_network_is() -> None:
+    """Latents, timesteps and nested conditioning from the CPU arrive on the network's device, in its dtype."""
+    text = {"text": {"embeds": torch.zeros(2, 5), "ids": torch.tensor([3, 4])}}
+    given = {"guidance_scale": 2.0, "conditioning": text, "unconditional": text}
+    with pytest.raises(Received) as found:
+        qe.sample(Elsewhere(), networks.ddim(), (2, 3, 8, 8), steps=2, **given)
+    sample, timestep, embeds, ids = found.value.args
+    assert all(value.is_meta and len(value) == 4 for value in (sample, timestep, embeds, ids))
+    assert sample.dtype == embeds.dtype == torch.float16 and ids.dtype == timestep.dtype == torch.int64
+
+
+def test_an_integer_model_elsewhere_converts_by_itself() -> None:
+    """It has no parameters: its ``device`` says where it is; it reads the timestep on the host."""
+
+    def called(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        assert sample.is_meta and sample.dtype == torch.float32 and timestep.device.type == "cpu"
+        raise Received
+
+    called.device = torch.device("meta")  # type: ignore[attr-defined]
+    with pytest.raises(Received):
+        Guidance().prediction(called, initial_noise((1, 3, 8, 8), 0), 500.0, range(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..sampling import (
     conditioning_for,
     denoise,
     initial_noise,
-    predict,
+    predict_at_home,
     prepared,
     step_arguments,
 )
@@ -183,26 +183,19 @@ def _check_capture(unet: nn.Module, model: Capture, noise: Tensor, scheduler: An
     received = scheduler.scale_model_input(noise, scheduler.timesteps[0])
     timestep = torch.full((len(noise),), int(scheduler.timesteps[0]))
     extra = conditioning_for(guidance.conditioning, range(len(noise)))
-    parameter = next(unet.parameters(), noise)
+    dtype = next(unet.parameters(), noise).dtype
     was_training = unet.training
     unet.eval()
-    moved = {k: _moved(v, parameter) for k, v in extra.items()}
-    expected = predict(unet, received.to(parameter), timestep.to(parameter.device), moved).float().cpu()
+    expected = predict_at_home(unet, received, float(timestep[0]), extra)
     unet.train(was_training)
     if not bool(torch.isfinite(expected).all()):
         raise ValueError("the unet predicts NaN or infinity: its parameters or its conditioning hold them")
     inputs = {"sample": received, "timestep": timestep, **flatten_conditioning(extra)}
     actual = run_float(model.graph, model.constants, inputs)
-    tolerance = _CAPTURE_TOLERANCE if parameter.dtype == torch.float32 else 0.05
+    tolerance = _CAPTURE_TOLERANCE if dtype == torch.float32 else 0.05
     error = float((actual - expected).norm() / expected.norm().clamp(min=1e-12))
     if not error < tolerance:
         raise ValueError(f"the captured graph differs from the unet by {error:.2g} (relative L2); it cannot be used")
-
-
-def _moved(value: Any, like: Tensor) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _moved(v, like) for k, v in value.items()}
-    return value.to(like.device, like.dtype) if value.is_floating_point() else value.to(like.device)
 
 
 class _Recorder:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..plan_requests import MODE_BITS
-from ..sampling import Guidance, Step, denoise, predict
+from ..sampling import Guidance, Step, denoise, home, predict
 
 _PIXEL_CHANNELS = (1, 3)
 
@@ -59,6 +59,7 @@ class Planned:
 
     def __init__(self, models: Mapping[str, Any], row: Callable[[float], int], modes: Sequence[str]) -> None:
         self.models, self.row, self.modes = models, row, tuple(modes)
+        self.device = home(next(iter(models.values())))
 
     def forward(self, sample: Tensor, timestep: Tensor, **conditioning: Any) -> Tensor:
         """The prediction of the row's mode."""
