@@ -32,9 +32,10 @@ _WRITTEN_ELSEWHERE = frozenset({"quantized_copy", "group_statistics"})  # by the
 
 @dataclass(frozen=True)
 class Row:
-    """A table row: (scale, zero point, bits) per site, and the output's affine correction.
+    """A table row: (scale, zero point, bits) per site, and the output's affine correction a e + b.
 
-    The scale is a number, or a device's tensor (s, 1 / s, z) that holds the zero point too.
+    The scale is a number, or a device's tensor (s, 1 / s, z) that holds the zero point too. Where the layer that makes
+    the output folds the correction, ``output_shift`` is a bias + b, all that is left of its own bias.
     """
 
     sites: tuple[tuple[Any, int, int], ...]
@@ -45,19 +46,32 @@ class Row:
 Instruction = Callable[[Values, Row], None]
 
 
-def make_rows(table: Table) -> tuple[Row, ...]:
-    """The table as plain numbers; an identity correction is None, so that it costs nothing."""
+def make_rows(table: Table, output_bias: Tensor | None = None) -> tuple[Row, ...]:
+    """The table as plain numbers; an identity correction is None, so that it costs nothing.
+
+    Args:
+        output_bias: as of `Compiler`.
+    """
+    shifts = folded_shifts(table, output_bias)
     rows = []
     for r in range(len(table.timesteps)):
         sites = zip(table.scale[r].tolist(), table.zero_point[r].tolist(), table.bits[r].tolist(), strict=True)
         a, b = table.output_scale[r], table.output_shift[r]
         identity = bool((a == 1).all()) and bool((b == 0).all())
-        rows.append(Row(tuple(sites), None if identity else a, None if identity else b))
+        rows.append(Row(tuple(sites), None if identity else a, None if identity else shifts[r]))
     return tuple(rows)
 
 
+def folded_shifts(table: Table, output_bias: Tensor | None) -> Tensor:
+    """float32 [R, C]: a bias + b of every row, and b where there is no bias to fold."""
+    return table.output_shift if output_bias is None else table.output_scale * output_bias.cpu() + table.output_shift
+
+
 class Compiler:
-    """Makes instructions of a lowered graph's nodes; layers named in ``floating`` run on dequantised weights."""
+    """Makes instructions of a lowered graph's nodes; layers named in ``floating`` run on dequantised weights.
+
+    ``corrected_layer`` makes the output and folds its correction, ``output_bias`` float32 [C] is its bias.
+    """
 
     def __init__(
         self,
@@ -86,6 +100,7 @@ class Compiler:
         }
         self.lifetimes = Lifetimes(graph)
         self.corrected_layer = self._corrected_layer()
+        self.output_bias = None if self.corrected_layer is None else self.value(self.corrected_layer.kwargs["bias"])([])
 
     def _corrected_layer(self) -> Node | None:
         """The convolution that makes the output, if only a bias is added to it: e' = a e + b folds into it."""
@@ -303,17 +318,10 @@ class Compiler:
         return run
 
     def _corrected(self, node: Node) -> Callable[[Row, Tensor | None], tuple[Tensor | None, Tensor | None]]:
-        """(bias, output scale) of a row: e' = a e + b folds into the constants of the layer that makes the output."""
+        """(bias, output scale) of a row: e' = a e + b is in the constants of the layer that makes the output."""
         if node is not self.corrected_layer:
             return lambda row, bias: (bias, None)
-
-        def corrected(row: Row, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-            a, b = row.output_scale, row.output_shift
-            if a is None or b is None:
-                return bias, None
-            return (b if bias is None else a * bias + b), a
-
-        return corrected
+        return lambda row, bias: (bias if row.output_scale is None else row.output_shift, row.output_scale)
 
     def int_gemm(self, index: int, node: Node) -> Instruction:
         kernel, out, read = self.kernels["int_gemm"], self.slots[node.name], self.slots[node.args[0].name]

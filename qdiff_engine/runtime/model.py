@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +48,8 @@ class IntegerUNet(nn.Module):
     """A UNet on real integers, called like the one it came from.
 
     ``model(sample, timestep, return_dict=False, **conditioning)[0]`` or ``model(sample, timestep).sample``; the row
-    of the nearest calibrated timestep supplies scales, zero points and corrections. ``pipe.unet = model`` works.
+    of the nearest calibrated timestep supplies scales and zero points, of an equal one corrections, too.
+    ``pipe.unet = model`` works.
 
     Args:
         graph, weights, constants, table: what is executed; see `Artifact`.
@@ -57,7 +59,7 @@ class IntegerUNet(nn.Module):
         dtype: floating dtype between the integer layers; float32 on a CPU, by default float16 on a GPU.
         graphs: replay CUDA graphs on a GPU; False launches kernel by kernel.
         correction, noise: what `qdiff_engine.correct` and `measure_noise` found, if they ran. The output's correction
-            is in the table, and applied unless `corrects` is False.
+            is in the table, and applied at the calibrated timesteps unless `corrects` is False.
         check: look for NaN and values out of range in every call's tensors, for which the host waits for a GPU; by
             default on a CPU only.
         tune: measure every integer layer against floating point here, for ``tune_batch`` samples, and keep the faster:
@@ -92,6 +94,7 @@ class IntegerUNet(nn.Module):
         self.recipe, self.key, self.model_config = recipe, key, model_config
         self.config = Config(model_config)
         self.correction, self.noise = correction, noise
+        self._warned = False  # that corrections are off at a timestep
         self._device = _usable_device(device, backend)
         self._categories = _categories(graph, constants)
         self._dtype = _usable_dtype(dtype, self._device)
@@ -102,7 +105,7 @@ class IntegerUNet(nn.Module):
         if tune:
             lowered = lower_for_cpu(graph) if on_cpu else lower_for_gpu(graph)
             compiler = Compiler(lowered, weights, constants, table, self._device, backend, self._dtype)
-            rows = list(make_rows(table)) if on_cpu else device_rows(table, self._device)
+            rows = list(make_rows(table, compiler.output_bias)) if on_cpu else device_rows(table, self._device)
             self.timings = measure(compiler, rows, table, tune_batch, clock or (host_clock if on_cpu else cuda_clock))
             table = retabled(table, floating_sites(graph, self.timings))
         floating = {name for name, timing in self.timings.items() if timing.floating}
@@ -128,7 +131,7 @@ class IntegerUNet(nn.Module):
 
     @property
     def corrects(self) -> bool:
-        """Whether calls return the corrected prediction a e + b; True from the start."""
+        """Whether calls at calibrated timesteps return the corrected prediction a e + b; True from the start."""
         return self.program.corrects
 
     @corrects.setter
@@ -156,7 +159,7 @@ class IntegerUNet(nn.Module):
             raise ValueError("table must have the sites of this model's table")
         other = copy.copy(self)
         other.table, other.recipe = table, recipe or self.recipe
-        other.correction, other.noise = correction, noise
+        other.correction, other.noise, other._warned = correction, noise, False
         other.program = self.program.with_table(retabled(table, floating_sites(self.graph, self.timings)))
         other.corrects = True
         return other
@@ -188,10 +191,25 @@ class IntegerUNet(nn.Module):
         inputs = {"sample": sample.to(self._dtype).contiguous(memory_format=torch.channels_last)}
         inputs["timestep"] = timestep_tensor(value, len(sample)).to(self._device, non_blocking=True)
         inputs.update(self._checked_conditioning(given, len(sample)))
-        output = self.program.run(inputs, value, self.table.row(value))
+        row = self.table.row(value)
+        output = self.program.run(inputs, value, row, self._corrected_at(value, row))
         # a copy: an ordinary tensor that the caller may change in place, laid out as other UNets' outputs are
         output = output.to(sample.dtype, copy=True, memory_format=torch.contiguous_format)
         return UNetOutput(output) if return_dict else (output,)
+
+    def _corrected_at(self, timestep: float, row: int) -> bool:
+        """Whether corrections were estimated at this very timestep; one warning where they were not."""
+        if self.correction is None or self.table.timesteps[row] == timestep:
+            return True
+        if self.corrects and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the model's corrections ({self.correction.method}) are for the calibrated timesteps, not for "
+                f"{timestep:g}; they are off where the sampler visits others",
+                UserWarning,
+                stacklevel=4,
+            )
+        return False
 
     def _checked_sample(self, sample: Any) -> Tensor:
         if not isinstance(sample, Tensor) or not sample.is_floating_point():

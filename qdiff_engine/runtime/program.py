@@ -42,13 +42,13 @@ class Program:
             extension.keep_freed_memory()
         lowered = lower(graph)
         self.corrects = True
-        self._set_table(table)
         self.inputs = tuple(lowered.inputs)
         compiler = Compiler(lowered, weights, constants, table, device, backend, dtype, floating)
+        self.folds_correction, self.output_bias = compiler.corrected_layer is not None, compiler.output_bias
+        self._set_table(table)
         self.slots, lifetimes = compiler.slots, compiler.lifetimes
         self.sections = {name: compiler.section(name) for name in ("prompt", "time", "main")}
         self.output = compiler.slots[lowered.output]
-        self.folds_correction = compiler.corrected_layer is not None
         self._kept = {name: compiler.slots_of(lifetimes.kept_after(name)) for name in ("prompt", "time")}
         self._batched = {self.slots[node.name] for node in lowered.nodes if node.shape[:1] == ("B",)}
         self._reads = {name: compiler.slots_of(lifetimes.conditioning_read(name)) for name in ("prompt", "time")}
@@ -58,7 +58,7 @@ class Program:
         self._forget()
 
     def _set_table(self, table: Table) -> None:
-        self.rows = make_rows(table)
+        self.rows = make_rows(table, self.output_bias)
         self._uncorrected = tuple(dataclasses.replace(row, output_scale=None, output_shift=None) for row in self.rows)
 
     def _forget(self) -> None:
@@ -74,17 +74,22 @@ class Program:
         return other
 
     @torch.inference_mode()
-    def run(self, inputs: Mapping[str, Tensor], timestep: float, row: int) -> Tensor:
-        """Output for ``inputs`` (every graph input by name); ``timestep`` is the value in inputs["timestep"]."""
-        return self.main(*self.before_main(inputs, timestep, row))
+    def run(self, inputs: Mapping[str, Tensor], timestep: float, row: int, corrected: bool = True) -> Tensor:
+        """Output for ``inputs`` (every graph input by name); ``timestep`` is the value in inputs["timestep"].
 
-    def before_main(self, inputs: Mapping[str, Tensor], timestep: float, row: int) -> tuple[Values, Row]:
+        ``corrected``: whether the row's correction is for this call, where the program corrects at all.
+        """
+        return self.main(*self.before_main(inputs, timestep, row, corrected))
+
+    def before_main(
+        self, inputs: Mapping[str, Tensor], timestep: float, row: int, corrected: bool = True
+    ) -> tuple[Values, Row]:
         """Inputs, and what the prompt and the timestep alone determine: computed, or remembered from another step."""
         values: Values = [None] * len(self.slots)
         for name in self.inputs:
             values[self.slots[name]] = inputs[name]
         batch = inputs["sample"].shape[0]
-        constants = (self.rows if self.corrects else self._uncorrected)[row]
+        constants = (self.rows if self.corrects and corrected else self._uncorrected)[row]
         self._cached("prompt", self._prompts, (batch,), values, constants)
         self._cached("time", self._times, (batch, timestep), values, constants)
         return values, constants

@@ -19,7 +19,7 @@ from .. import numerics
 from ..graph.ir import Graph
 from ..tables import Table
 from ..weights import QuantizedWeight
-from .compiler import Row, Values
+from .compiler import Row, Values, folded_shifts
 from .lowering import lower_for_gpu
 from .program import Program
 
@@ -94,9 +94,10 @@ class ReplayedProgram(Program):
     def _set_table(self, table: Table) -> None:
         super()._set_table(table)
         self.quantizations = quantization_rows(table).to(self.device)
-        self.corrections = torch.stack([table.output_scale, table.output_shift], 1).to(self.device)
+        self.corrections = torch.stack([table.output_scale, folded_shifts(table, self.output_bias)], 1).to(self.device)
         ones, zeros = torch.ones_like(table.output_scale[0]), torch.zeros_like(table.output_shift[0])
-        self._identity = torch.stack([ones, zeros]).to(self.device)
+        kept = zeros if self.output_bias is None else self.output_bias.cpu()
+        self._identity = torch.stack([ones, kept]).to(self.device)
         self.current = self.quantizations[0].clone()
         self.corrected = self.corrections[0].clone()
         identity = bool((table.output_scale == 1).all()) and bool((table.output_shift == 0).all())
@@ -109,11 +110,11 @@ class ReplayedProgram(Program):
         self._batches: OrderedDict[int, _Batch] = OrderedDict()
 
     @torch.inference_mode()
-    def run(self, inputs: Mapping[str, Tensor], timestep: float, row: int) -> Tensor:
+    def run(self, inputs: Mapping[str, Tensor], timestep: float, row: int, corrected: bool = True) -> Tensor:
         """As `Program.run`; the result is overwritten by the next call."""
         values, _ = self.before_main(inputs, timestep, row)
         self.current.copy_(self.quantizations[row])
-        self.corrected.copy_(self.corrections[row] if self.corrects else self._identity)
+        self.corrected.copy_(self.corrections[row] if self.corrects and corrected else self._identity)
         batch = self._batch(len(inputs["sample"]), values)
         for slot, place in batch.values.items():
             if batch.sources.get(slot) is not values[slot]:
