@@ -25,11 +25,21 @@ def column(values: Tensor) -> Tensor:
 
 
 def planted(k: float, noise: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """e with its own mean and deviation per channel, and e_hat = (1 + k) e + bias + noise z."""
+    """e with its own mean and deviation per channel, and e_hat = (1 + k) e + bias + noise z.
+
+    The planted moments are those of the samples themselves: z has mean 0, variance 1 and does not correlate with e.
+    """
     generator = torch.Generator().manual_seed(seed)
-    e, z = (torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(2))
+    e, z = (standardised(torch.randn(SHAPE, generator=generator, dtype=torch.float64)) for _ in range(2))
+    z = standardised(z - (z * e).mean((0, 2, 3), keepdim=True) * e)
     e = column(MEAN) + column(DEVIATION) * e
     return e, (1 + k) * e + column(BIAS) + noise * z
+
+
+def standardised(values: Tensor) -> Tensor:
+    """Mean 0 and variance 1 in every channel."""
+    centred = values - values.mean((0, 2, 3), keepdim=True)
+    return centred / centred.square().mean((0, 2, 3), keepdim=True).sqrt()
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
@@ -43,10 +53,10 @@ def test_ptqd_recovers_what_was_planted(k: float) -> None:
     e, quantized = planted(k)
     moments = Moments.of(e, quantized)
     found = ptqd(moments, clamp=False)
-    assert float(moments.k) == pytest.approx(k, rel=0.01, abs=1e-3)
-    assert torch.allclose(found.a, torch.full((3,), 1 / (1 + k), dtype=torch.float64), rtol=0.01)
-    assert torch.allclose(found.b, -BIAS / (1 + k), rtol=0.01, atol=1e-3)
-    assert float(found.noise_variance) == pytest.approx(0.01 / (1 + k) ** 2, rel=0.01)
+    assert float(moments.k) == pytest.approx(k, rel=1e-6, abs=1e-9)
+    assert torch.allclose(found.a, torch.full((3,), 1 / (1 + k), dtype=torch.float64), rtol=1e-6)
+    assert torch.allclose(found.b, -BIAS / (1 + k), rtol=1e-6, atol=0)
+    assert float(found.noise_variance) == pytest.approx(0.01 / (1 + k) ** 2, rel=1e-6)
     left = column(found.a) * quantized + column(found.b) - e
     assert abs(correlation(left, e)) < 1e-3
     assert float(left.mean((0, 2, 3)).abs().max()) < 1e-9
@@ -75,6 +85,8 @@ def test_negative_k_is_clamped_unless_asked() -> None:
         for c in (ptqd(moments), ptqd(moments, clamp=False))
     )
     assert free < clamped
+    for asked, factor in ((True, 1.0), (False, 1.25)):  # the correlated part is no noise, left in or not
+        assert float(ptqd(moments, asked).noise_variance) == pytest.approx(factor**2 * 0.01, rel=1e-6)
 
 
 @pytest.mark.parametrize("k", [-1.0, -1.05, -3.0])
@@ -91,8 +103,8 @@ def test_mmse_is_the_regression_on_the_quantised_prediction(k: float) -> None:
     found = mmse(Moments.of(e, quantized))
     variance = DEVIATION.square()
     a = (1 + k) * variance / ((1 + k) ** 2 * variance + 0.16)
-    assert torch.allclose(found.a, a, rtol=0.01)
-    assert torch.allclose(found.b, MEAN - a * ((1 + k) * MEAN + BIAS), rtol=0.01, atol=3e-3)
+    assert torch.allclose(found.a, a, rtol=1e-6)
+    assert torch.allclose(found.b, MEAN - a * ((1 + k) * MEAN + BIAS), rtol=1e-6, atol=0)
     left = column(found.a) * quantized + column(found.b) - e
     for channel in range(3):
         assert abs(correlation(left[:, channel : channel + 1], quantized[:, channel : channel + 1])) < 1e-3

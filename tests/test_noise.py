@@ -175,7 +175,7 @@ def test_mmse_lowers_the_error_of_every_row() -> None:
 
 
 def test_latents_keep_the_float_rollouts_mean_and_variance() -> None:
-    corrected = correct("mmse+ibc+ivc", model=model("w4a16"))
+    corrected = correct("mmse+ibc+ivc", model=model("w4a16"), noise=measure(model=model("w4a16")))
     found = corrected.correction
     assert found is not None and found.input_bias.shape == (STEPS, *SHAPE) and bool((found.input_scale != 1).all())
     paths: list[list[Step]] = [[], []]
@@ -209,7 +209,7 @@ def test_ner_follows_the_corrected_rollout() -> None:
     In mode A16, where no flipped rounding magnifies the last bits in which folded and unfolded corrections differ.
     """
     quantised = model("w4a16")
-    corrected = correct("ner+ibc", model=quantised)
+    corrected = correct("ner+ibc", model=quantised, noise=measure(model=quantised))
     assert corrected.correction is not None
     float_steps: list[Step] = []
     steps: list[Step] = []
@@ -363,8 +363,14 @@ def test_wrong_corrections() -> None:
         correct("ptqd", scheduler=networks.ddim(clip_sample=True))
     with pytest.raises(ValueError, match="scheduler class DDPMScheduler, not DDIMScheduler"):
         correct("ptqd", scheduler=DDPMScheduler(clip_sample=False))
-    with pytest.raises(ValueError, match="the noise of A4 was not measured, only that of A8"):
-        correct("ptqd", model=model("w4a4"), noise=measure())
+    with pytest.raises(ValueError, match="the noise of A8 was not measured, only that of A4"):
+        correct("ptqd", noise=measure(calibration=networks.calibration(NAME), modes=["A4"]))
+    with pytest.raises(ValueError, match="another setting: weights of 4 bits, not 8"):
+        correct("ptqd", model=model("w8a8"))
+    with pytest.raises(ValueError, match="another setting: other integer weights or weight scales"):
+        correct("ptqd", model=model("w4a4"))  # GPTQ rounds for the activations that a layer will meet
+    with pytest.raises(ValueError, match="noise has no valid key: steps 4, eta 0.0, samples None"):
+        correct("ptqd", noise=dataclasses.replace(noise(), key={"steps": 4, "eta": 0.0}))
     with pytest.raises(ValueError, match="lambda1 must lie in"):
         correct("ner", ner_weights=NerWeights(lambda1=2.0))
     with pytest.raises(ValueError, match="samples must be at least 1"):

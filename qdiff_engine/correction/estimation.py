@@ -21,7 +21,15 @@ from ..samplers import StepCoefficients, Stepper, coefficients, differences, pre
 from ..sampling import Conditioning, Guidance, check_count, initial_noise
 from ..tables import Correction, Noise
 from .drift import input_affine, input_bias
-from .measurement import SEED, calibrated_rows, check_models, moments, noise_key, progress_key
+from .measurement import (
+    SEED,
+    calibrated_rows,
+    check_models,
+    moments,
+    noise_key,
+    progress_key,
+    weights_fingerprint,
+)
 from .moments import Moments
 from .output import KeptSums, OutputCorrection, corrected_by, identity, mmse, ner, ptqd
 from .variance import sigma_scale
@@ -80,8 +88,8 @@ def correct(
         on_step: called with the index of every finished step of the rollouts.
 
     Raises:
-        ValueError: another sampler than the measured one, a mode that was not measured, "+ibc", "+ivc" or "+vsc" for a
-            sampler other than DDIM and DDPM, an argument out of range, NaN in a prediction.
+        ValueError: another sampler or other weights than the measured ones, a mode that was not measured, "+ibc",
+            "+ivc" or "+vsc" for a sampler other than DDIM and DDPM, an argument out of range, NaN in a prediction.
     """
     check_models(model, unet)
     noise, steps, eta = _measured(model, noise, scheduler, guidance_scale)
@@ -98,7 +106,7 @@ def correct(
     if asked.sampler_variance:
         assert step_rows is not None
         tables.take_sampler(step_rows)
-    key = noise_key(model, scheduler, steps, eta, guidance, samples, seed)
+    key = noise_key(model, scheduler, steps, eta, guidance, samples, seed) if asked.rolled_out else noise.key
     if asked.input_bias and samples < _FEW:
         warnings.warn(
             f"{_NOTE} +ibc from {samples} samples has noise of its own, {_FEW} and more are better", stacklevel=2
@@ -126,12 +134,16 @@ def _measured(
     noise = model.noise if noise is None else noise
     if noise is None:
         raise ValueError("noise must be given: measure_noise(model, unet, scheduler) makes it")
-    steps, eta = noise.key.get("steps"), noise.key.get("eta")
-    if not isinstance(steps, int) or not isinstance(eta, int | float):
-        raise ValueError(f"noise has no valid key: steps {steps!r:.50}, eta {eta!r:.50}")
+    steps, eta, samples = (noise.key.get(name) for name in ("steps", "eta", "samples"))
+    if not isinstance(steps, int) or not isinstance(eta, int | float) or not isinstance(samples, int):
+        raise ValueError(f"noise has no valid key: steps {steps!r:.50}, eta {eta!r:.50}, samples {samples!r:.50}")
     found = differences(noise.key, sampler_key(scheduler, steps, eta, guidance_scale))
     if noise.timesteps != model.table.timesteps or noise.key.get("model_hash") != model.key["model_hash"]:
         found.append("another model")
+    elif noise.key.get("weight_bits") != model.recipe.weight_bits:
+        found.append(f"weights of {noise.key.get('weight_bits')} bits, not {model.recipe.weight_bits}")
+    elif noise.key.get("weights", own := weights_fingerprint(model)) != own:
+        found.append("other integer weights or weight scales")
     if found:
         raise ValueError(f"noise was measured in another setting: {'; '.join(found)}")
     return noise, steps, float(eta)

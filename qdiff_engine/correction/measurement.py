@@ -14,7 +14,7 @@ from ..calibration.calibration import Calibration, sample_shape
 from ..calibration.checkpoint import Checkpoint, fingerprint
 from ..evaluation import evaluating
 from ..graph.capture import hash_parameters
-from ..quantization import make_table
+from ..quantization import equalised, make_table
 from ..runtime.model import IntegerUNet
 from ..samplers import prepared, sampler_key, step_arguments
 from ..sampling import Conditioning, Guidance, Step, check_count, conditioning_for, denoise, initial_noise
@@ -64,7 +64,8 @@ def measure_noise(
         A `Noise`; the same arguments give the same one bit for bit, resumed or not. `moments` reads it.
 
     Raises:
-        ValueError: an argument out of range, another network or sampler than the calibrated one, NaN in a prediction.
+        ValueError: an argument out of range, another network than the calibrated one, a sampler that visits other
+            timesteps, NaN in a prediction.
         TypeError: ``model`` or ``unet`` of the wrong kind.
     """
     check_models(model, unet)
@@ -131,6 +132,7 @@ def noise_key(
         "model_hash": model.key["model_hash"],
         **sampler_key(scheduler, steps, eta, guidance.scale),
         "weight_bits": model.recipe.weight_bits,
+        "weights": weights_fingerprint(model),
         "samples": samples,
         "seed": seed,
         "conditioning": fingerprint([first, without]) if first else None,
@@ -177,6 +179,7 @@ def _contenders(
         raise ValueError("calibration is not the one that the model was made from")
     if calibration.timesteps != model.table.timesteps:
         raise ValueError("calibration has other timesteps than the model")
+    calibration = equalised(calibration, model.recipe)
     every, found = frozenset(range(len(own))), {}
     for mode in wanted:
         recipe = dataclasses.replace(model.recipe, plan=(mode,) * len(own), correct="none")
@@ -188,11 +191,14 @@ def _contenders(
 def progress_key(model: IntegerUNet, contenders: dict[str, tuple[IntegerUNet, frozenset[int]]]) -> dict[str, Any]:
     """What tells one quantised model's measurement from another's."""
     tables = {mode: [m.table.scale, m.table.zero_point, m.table.bits] for mode, (m, _) in contenders.items()}
-    parts = [w for layer in sorted(model.weights) for w in model.weights[layer]]
-    weights = [[w.values, w.scale] for w in parts]
     flat = {f"table.{mode}.{i}": value for mode, values in tables.items() for i, value in enumerate(values)}
-    flat |= {f"weight.{i}.{j}": value for i, pair in enumerate(weights) for j, value in enumerate(pair)}
     return {"quantized": fingerprint(flat), "modes": list(contenders)}
+
+
+def weights_fingerprint(model: IntegerUNet) -> str:
+    """What tells one rounding of a network's weights, with its scales, from another."""
+    parts = [w for layer in sorted(model.weights) for w in model.weights[layer]]
+    return fingerprint({f"{i}.{name}": v for i, w in enumerate(parts) for name, v in (("q", w.values), ("s", w.scale))})
 
 
 def _alpha_bar(scheduler: Any, timesteps: Sequence[float]) -> Tensor:

@@ -64,7 +64,8 @@ def ptqd(moments: Moments, clamp: bool = True) -> OutputCorrection:
     k = moments.k.clamp(min=0.0 if clamp else LEAST_K)
     a = (1 / (1 + k))[..., None].expand_as(moments.mean).contiguous()
     b = -moments.residual_mean(k) * a
-    return OutputCorrection(a, b, a[..., 0].square() * moments.residual_variance(k))
+    # what does not correlate with e, whatever k was bounded by
+    return OutputCorrection(a, b, a[..., 0].square() * moments.residual_variance(moments.k))
 
 
 def mmse(moments: Moments) -> OutputCorrection:

@@ -19,8 +19,9 @@ def corrected_scheduler(
 
     The model itself returns the corrected prediction. For DDIM and DDPM this scheduler makes g[r] x' + B[r] of every
     step's x' and scales the step's noise by s'[r] / s[r]; any other sampler steps as it is. When the pipeline sets its
-    steps, and at a step whose eta is another, the corrections' key is compared: where it does not fit, all of them are
-    off, the model's too, until steps are set that fit.
+    steps, and at a step with another eta than the step before, the corrections' key is compared: where it does not fit,
+    all of them are off, the model's too, until it does. A pipeline hands eta to the step alone, so the first prediction
+    with another eta than the last one known (at first the corrections' own) is corrected as if that one still held.
 
     A pipeline that rescales its guidance changes the guided prediction after the model: then correct the output only.
 
@@ -59,15 +60,19 @@ class _State:
     def __init__(self, kind: type, model: IntegerUNet, guidance_scale: float | None, strict: bool) -> None:
         self.kind, self.model, self.guidance_scale, self.strict = kind, model, guidance_scale, strict
         self.on = True
+        self.eta: float | None = None  # of the last step; None before the first, or where a step takes none
+        self.clipped_output = False  # whether the last step was told to use it
         self.scale: float | None = None  # of the noise that a DDPM step in progress draws
         self.warned: set[str] = set()
 
     def check(self, scheduler: Any) -> None:
-        """Switch everything on or off for the steps that are set; eta is known at a step."""
+        """Switch everything on or off for the steps that are set, and what is known of a step."""
         assert self.model.correction is not None
-        steps, eta = scheduler.num_inference_steps, self.model.correction.key.get("eta", 0.0)
-        key = sampler_key(scheduler, steps, eta, self.guidance_scale)
+        eta = self.model.correction.key.get("eta", 0.0) if self.eta is None else self.eta
+        key = sampler_key(scheduler, scheduler.num_inference_steps, eta, self.guidance_scale)
         reasons = mismatches(self.model, key)
+        if self.clipped_output:
+            reasons.append("use_clipped_model_output True, not False")
         self.switch(not reasons, "; ".join(reasons))
 
     def switch(self, on: bool, reason: str) -> None:
@@ -92,7 +97,7 @@ def _corrected_class(kind: Any) -> Any:
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = kind.set_timesteps(self, *args, **kwargs)
         state = self._corrections
-        if state is not None:  # eta is known at the step
+        if state is not None:
             state.check(self)
         return result
 
@@ -104,7 +109,7 @@ def _corrected_class(kind: Any) -> Any:
         given = inspect.signature(kind.step).bind(self, *args, **kwargs)
         given.apply_defaults()
         arguments = {name: value for name, value in given.arguments.items() if name != "self"}
-        _check_step(state, arguments)
+        _check_step(self, state, arguments)
         if not state.on:
             return kind.step(self, **arguments)
         return _corrected_step(self, kind, state, arguments)
@@ -122,17 +127,13 @@ def _corrected_class(kind: Any) -> Any:
     return type(kind.__name__, (kind,), {**members, "__module__": kind.__module__})
 
 
-def _check_step(state: _State, arguments: dict[str, Any]) -> None:
-    """Switch off at a step that the key does not know: another eta, or a direction from the clipped sample."""
-    assert state.model.correction is not None
-    if not state.on:
-        return
-    eta = float(arguments.get("eta", 0.0))
-    expected = state.model.correction.key.get("eta")
-    if eta != expected:
-        state.switch(False, f"eta {eta}, not {expected}")
-    elif arguments.get("use_clipped_model_output"):
-        state.switch(False, "use_clipped_model_output True, not False")
+def _check_step(scheduler: Any, state: _State, arguments: dict[str, Any]) -> None:
+    """Compare the key again at a step whose eta, or direction from the clipped sample, is not the last step's."""
+    eta = float(arguments["eta"]) if "eta" in arguments else None
+    clipped_output = bool(arguments.get("use_clipped_model_output"))
+    if (eta, clipped_output) != (state.eta, state.clipped_output):
+        state.eta, state.clipped_output = eta, clipped_output
+        state.check(scheduler)
 
 
 def _corrected_step(scheduler: Any, kind: type[Any], state: _State, arguments: dict[str, Any]) -> Any:
