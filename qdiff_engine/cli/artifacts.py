@@ -185,7 +185,7 @@ def calibrate(
     quantized, learning = aligned(output, quantized, calibration, alignment, partial, place)
     if correction != "none":
         settings = {**guided, "samples": correct_samples, "seed": seed + CORRECTION_SEED, "batch": batch}
-        quantized = corrected(output, quantized, loaded.unet, scheduler, correction, partial, settings)
+        quantized = corrected(output, quantized, loaded.unet, scheduler, correction, partial, settings, calibration)
     quantized.save_pretrained(target)
     shutil.rmtree(partial, ignore_errors=True)
     layers = layer_rows(quantized)
@@ -210,16 +210,30 @@ def plan_trials(recipe: Any, rows: int) -> int:
 
 
 def corrected(
-    output: Output, model: Any, unet: Any, scheduler: Any, method: str, partial: Path, settings: dict[str, Any]
+    output: Output,
+    model: Any,
+    unet: Any,
+    scheduler: Any,
+    method: str,
+    partial: Path,
+    settings: dict[str, Any],
+    calibration: Any,
 ) -> Any:
-    """The model corrected by ``method``, its noise measured in the modes of its plan."""
+    """The model corrected by ``method``; the noise of every mode that its plan has is measured in every row."""
     from ..correction.estimation import correct
     from ..correction.measurement import measure_noise
     from ..recipe import check_correct
 
     with output.progress("measuring the noise", int(model.key["steps"])) as advance:
         noise = measure_noise(
-            model, unet, scheduler, cache_dir=partial / "noise", on_step=lambda _: advance(), **settings
+            model,
+            unet,
+            scheduler,
+            calibration=calibration,
+            modes=tuple(dict.fromkeys(model.table.modes)),
+            cache_dir=partial / "noise",
+            on_step=lambda _: advance(),
+            **settings,
         )
     steps = int(model.key["steps"]) if check_correct(method).rolled_out else 1
     with output.progress("correcting", steps) as advance:
@@ -246,7 +260,8 @@ def _calibrated(data: dict[str, Any]) -> str:
     if plan is None:
         return text
     shares = ", ".join(f"{share:.0%} of the steps at {mode}" for mode, share in plan["shares"].items() if share)
-    why = f"SNR threshold {plan['threshold']:.3g}" if plan["threshold"] is not None else "least final error"
+    why = "least final error" if plan["final_error"] is not None else "PTQD's SNR rule"
+    why = f"SNR threshold {plan['threshold']:.3g}" if plan["threshold"] is not None else why
     return f"{text}\nplan for {plan['serves']}: {shares}; {plan['switchable_fraction']:.3g} of the BOPs at A8 ({why})"
 
 

@@ -3,10 +3,11 @@
 Final error: mean squared difference between the final images of the integer model and of the float one, from the same
 noise. A row's contribution at a mode is the final error when that row alone runs at that mode, and a carrier takes it
 through the rest of the trajectory. Assumption: contributions of rows add up. It is exact where errors of different rows
-are uncorrelated and the trajectory carries them linearly, and rough where images change altogether; under it the plan
-is the best there is. Two carriers are tried: the float network, which ranks the rows cleanly where few run at low
-precision, and the uniform plan below the budget, which knows the large errors of a plan where most do. The plan of
-smaller error, measured on further samples, wins.
+are uncorrelated and the trajectory carries them linearly, and rough where images change altogether. Under it the plan
+is the best of all whose modes change between blocks of rows only; up to 25 rows, each is a block of its own. Two
+carriers are tried: the float network, which ranks the rows cleanly where few run at low precision, and the uniform plan
+below the budget, which knows the large errors of a plan where most do. The plan of smaller error, measured on further
+samples, wins.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..alignment.agreement import LayerAgreement, layer_agreement
 from ..bops import Bops, count_bops
+from ..correction.measurement import moments
 from ..evaluation import AUTO, Comparison, OnStep, compare_all, decibels
 from ..graph.interpret import flatten_conditioning
 from ..pictures import labelled_rows
@@ -20,6 +21,7 @@ from ..plans.snr import signal_to_noise
 from ..quality import Extractor
 from ..runtime.model import IntegerUNet
 from ..runtime.summary import inspect
+from ..samplers import mismatches, sampler_key
 from ..sampling import Conditioning, conditioning_for, initial_noise, timestep_tensor
 from ..tables import Table
 from . import charts
@@ -39,6 +41,8 @@ class Report:
         table: scales and corrections by row.
         signal_db: 10 log10(alpha_bar / (1 - alpha_bar)) of every step; None for a sampler without alphas_cumprod.
         corrections: tables [R, C] or [R] to draw against the timestep, by title.
+        noise: likewise what was measured of the quantisation noise.
+        off: why the corrections are not for this sampler, and were off; empty where they were on.
         key: what the artifact belongs to.
         layers: each layer's integers beside the simulation of them.
     """
@@ -51,6 +55,8 @@ class Report:
     corrections: dict[str, Tensor]
     key: dict[str, Any]
     layers: Sequence[LayerAgreement] = ()
+    noise: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    off: Sequence[str] = ()
 
     @property
     def steps_modes(self) -> list[str]:
@@ -104,8 +110,19 @@ def measure(
     signal = None
     if isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
         signal = [decibels(v, 1.0) for v in signal_to_noise(scheduler, comparisons[MODEL].timesteps)]
-    layers = simulated_layers(model, seed, conditioning)
-    return Report(inspect(model), count_bops(model), comparisons, model.table, signal, corrections, model.key, layers)
+    sampler = sampler_key(scheduler, steps, eta, guidance_scale)
+    return Report(
+        inspect(model),
+        count_bops(model),
+        comparisons,
+        model.table,
+        signal,
+        corrections,
+        model.key,
+        simulated_layers(model, seed, conditioning),
+        noise_tables(model),
+        [] if model.correction is None else mismatches(model, sampler),
+    )
 
 
 def simulated_layers(model: IntegerUNet, seed: int, conditioning: Conditioning) -> list[LayerAgreement]:
@@ -119,11 +136,11 @@ def simulated_layers(model: IntegerUNet, seed: int, conditioning: Conditioning) 
 
 
 def correction_tables(model: IntegerUNet) -> dict[str, Tensor]:
-    """What corrects the model, by row and title: e' = a e + b with a = 1 / (1 + k), g, B and s' / s; only what acts."""
+    """What corrects the model, by row and title: e' = a e + b, g, B and s' / s; only what acts."""
     a, b = model.table.output_scale, model.table.output_shift
     tables: dict[str, Tensor] = {}
     if bool((a != 1).any()) or bool((b != 0).any()):
-        tables |= {"scale a": a, "k = 1 / a - 1": 1 / a - 1, "shift b": b}
+        tables |= {"scale a": a, "shift b": b}
     if model.correction is not None and bool((model.correction.input_bias != 0).any()):
         bias = model.correction.input_bias.unflatten(1, (-1, 1)).flatten(2)  # [R, C, P]
         tables["input bias B (root mean square)"] = bias.square().mean(-1).sqrt()
@@ -132,6 +149,23 @@ def correction_tables(model: IntegerUNet) -> dict[str, Tensor]:
     if model.correction is not None and bool((model.correction.sigma_scale != 1).any()):
         tables["sigma' / sigma"] = model.correction.sigma_scale
     return tables
+
+
+def noise_tables(model: IntegerUNet) -> dict[str, Tensor]:
+    """What was measured of d = e_hat - e in the mode of each row, by title; empty where that was not measured."""
+    try:
+        found = None if model.noise is None else moments(model.noise, model.table.modes)
+    except ValueError:  # measured in other modes
+        found = None
+    if found is None:
+        return {}
+    normality = found.normality(found.k)
+    return {
+        "k = Cov(d, e) / Var(e)": found.k,
+        "|e| / |d|": found.snr.clamp(max=1e6),  # infinite where nothing is rounded
+        "skewness of d - k e": normality.skewness,
+        "excess kurtosis of d - k e": normality.excess_kurtosis,
+    }
 
 
 def without_correction(model: IntegerUNet) -> IntegerUNet:
@@ -270,11 +304,24 @@ def _layers(report: Report) -> list[Section]:
 
 
 def _corrections(report: Report) -> list[Section]:
-    if not report.corrections:
-        return []
-    timesteps = report.table.timesteps
-    pictures = [
-        Picture(charts.correction_lines(timesteps, values, title), f"{title} against the timestep")
-        for title, values in report.corrections.items()
+    """What was measured of the noise, and what corrects it."""
+    measured = (
+        "What quantisation adds, d = e_hat - e, both fed the float trajectory, as measured for the corrections. "
+        "Skewness and excess kurtosis are 0 for normal noise."
+    )
+    what = "What the artifact's corrections do at each timestep."
+    if report.off:
+        what = f"The artifact's corrections are for another setting and were off here: {'; '.join(report.off)}."
+    named = (("Quantisation noise", measured, report.noise), ("Corrections", what, report.corrections))
+    return [
+        Section(
+            title,
+            text,
+            [
+                Picture(charts.correction_lines(report.table.timesteps, values, name), f"{name} against the timestep")
+                for name, values in tables.items()
+            ],
+        )
+        for title, text, tables in named
+        if tables
     ]
-    return [Section("Corrections", "What the artifact's corrections do at each timestep.", pictures)]
