@@ -52,19 +52,18 @@ def make_rows(table: Table, output_bias: Tensor | None = None) -> tuple[Row, ...
     Args:
         output_bias: as of `Compiler`.
     """
-    shifts = folded_shifts(table, output_bias)
     rows = []
     for r in range(len(table.timesteps)):
         sites = zip(table.scale[r].tolist(), table.zero_point[r].tolist(), table.bits[r].tolist(), strict=True)
         a, b = table.output_scale[r], table.output_shift[r]
         identity = bool((a == 1).all()) and bool((b == 0).all())
-        rows.append(Row(tuple(sites), None if identity else a, None if identity else shifts[r]))
+        rows.append(Row(tuple(sites), *((None, None) if identity else (a, folded(a, b, output_bias)))))
     return tuple(rows)
 
 
-def folded_shifts(table: Table, output_bias: Tensor | None) -> Tensor:
-    """float32 [R, C]: a bias + b of every row, and b where there is no bias to fold."""
-    return table.output_shift if output_bias is None else table.output_scale * output_bias.cpu() + table.output_shift
+def folded(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """a bias + b, float32 [C] or [R, C]: what a corrected layer adds; b where it has no bias to fold."""
+    return b if bias is None else a * bias.cpu() + b
 
 
 class Compiler:

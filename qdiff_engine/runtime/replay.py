@@ -19,7 +19,7 @@ from .. import numerics
 from ..graph.ir import Graph
 from ..tables import Table
 from ..weights import QuantizedWeight
-from .compiler import Row, Values, folded_shifts
+from .compiler import Row, Values, folded
 from .lowering import lower_for_gpu
 from .program import Program
 
@@ -94,13 +94,14 @@ class ReplayedProgram(Program):
     def _set_table(self, table: Table) -> None:
         super()._set_table(table)
         self.quantizations = quantization_rows(table).to(self.device)
-        self.corrections = torch.stack([table.output_scale, folded_shifts(table, self.output_bias)], 1).to(self.device)
-        ones, zeros = torch.ones_like(table.output_scale[0]), torch.zeros_like(table.output_shift[0])
-        kept = zeros if self.output_bias is None else self.output_bias.cpu()
-        self._identity = torch.stack([ones, kept]).to(self.device)
+        a, b = table.output_scale, table.output_shift
+        identity = bool((a == 1).all()) and bool((b == 0).all())
+        bias = None if identity else self.output_bias
+        self.corrections = torch.stack([a, folded(a, b, bias)], 1).to(self.device)
+        ones, zeros = torch.ones_like(a[0]), torch.zeros_like(b[0])
+        self._identity = torch.stack([ones, folded(ones, zeros, bias)]).to(self.device)
         self.current = self.quantizations[0].clone()
         self.corrected = self.corrections[0].clone()
-        identity = bool((table.output_scale == 1).all()) and bool((table.output_shift == 0).all())
         terms = (None, None) if identity else tuple(self.corrected)
         self.modes = [tuple(bits) for bits in table.bits.tolist()]
         self._mode_rows = {
