@@ -39,7 +39,9 @@ class SegmentInputs:
     @classmethod
     def streamed(cls, batches: Iterable[Tensor], covariance: bool = True) -> SegmentInputs:
         """From float32 vectors [p, K] that come batch by batch; memory does not grow with their number."""
-        total, products, origin, count, kept = None, None, None, 0, []
+        total, products, origin, count = None, None, None, 0
+        kept: list[Tensor] = []
+        stride = 1  # between the vectors that are kept: every batch is heard alike
         for x in batches:
             origin = x.mean(0) if origin is None else origin  # near the mean: float32 products lose nothing
             moved = x - origin
@@ -47,15 +49,16 @@ class SegmentInputs:
             if covariance:
                 part = (moved.T @ moved).double()
                 products = part if products is None else products.add_(part)
+            kept.append(x[-count % stride :: stride])
             count += len(x)
-            kept.append(x)
-            kept = [probe(torch.cat(kept), 4 * _PROBE)]
+            while sum(map(len, kept)) > 4 * _PROBE:
+                kept, stride = [torch.cat(kept)[::2]], 2 * stride
         if total is None or origin is None:
             raise ValueError("batches must hold at least one vector, got none")
         offset = total / count
         mean = (origin.double() + offset).float()
         spread = None if products is None else products / count - torch.outer(offset, offset)
-        return cls(mean, probe(kept[0], _PROBE) - mean, spread)
+        return cls(mean, probe(torch.cat(kept), _PROBE) - mean, spread)
 
 
 def probe(vectors: Tensor, most: int) -> Tensor:

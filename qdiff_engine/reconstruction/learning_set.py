@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,34 +43,46 @@ class LearningSet:
 def learning_set(calibration: Calibration, count: int) -> LearningSet:
     """About ``count`` (x, t, conditioning), evenly from all steps; at least one of each, at most all there are.
 
-    With guidance every other sample has the unconditional branch's conditioning, as the network sees both.
+    With guidance half of them have the unconditional branch's conditioning, and a sample that is drawn again has the
+    other one: the network sees both.
     """
     path, guidance = calibration.trajectory, calibration.guidance
     steps, available = len(path.timesteps), len(path.samples[0])
     each = min(max(1, round(count / steps)), available)
     pairs = sorted(_pairs(calibration, steps, available, each))
     given = _conditioning_of(guidance, pairs, available)
-    inputs = {"sample": torch.stack([path.samples[step][j] for _, step, j in pairs]), "timestep": _times(path, pairs)}
-    return LearningSet({**inputs, **given}, torch.tensor([row for row, _, _ in pairs]))
+    latents = torch.stack([path.samples[pair.step][pair.sample] for pair in pairs])
+    inputs = {"sample": latents, "timestep": _times(path, pairs)}
+    return LearningSet({**inputs, **given}, torch.tensor([pair.row for pair in pairs]))
 
 
-def _pairs(calibration: Calibration, steps: int, available: int, each: int) -> Iterator[tuple[int, int, int]]:
-    """(row, step, sample): consecutive steps draw consecutive samples, so that every run is heard."""
+class _Pair(NamedTuple):
+    """One input of the network; ``unconditional``: that of the other branch, where there is guidance."""
+
+    row: int
+    step: int
+    sample: int
+    unconditional: bool
+
+
+def _pairs(calibration: Calibration, steps: int, available: int, each: int) -> Iterator[_Pair]:
+    """Consecutive steps draw consecutive samples, so that every run is heard."""
     row_of = {timestep: row for row, timestep in enumerate(calibration.timesteps)}
-    for step in range(steps):
-        for k in range(each):
-            yield row_of[calibration.trajectory.timesteps[step]], step, (step * each + k) % available
+    for drawn in range(steps * each):
+        again, sample = divmod(drawn, available)
+        step = drawn // each
+        yield _Pair(row_of[calibration.trajectory.timesteps[step]], step, sample, (sample + again) % 2 == 1)
 
 
-def _times(path: Trajectory, pairs: list[tuple[int, int, int]]) -> Tensor:
-    values = [path.timesteps[step] for _, step, _ in pairs]
+def _times(path: Trajectory, pairs: list[_Pair]) -> Tensor:
+    values = [path.timesteps[pair.step] for pair in pairs]
     whole = all(float(value).is_integer() for value in values)
     return torch.tensor([int(v) for v in values]) if whole else torch.tensor(values, dtype=torch.float32)
 
 
-def _conditioning_of(guidance: Guidance, pairs: list[tuple[int, int, int]], available: int) -> dict[str, Tensor]:
+def _conditioning_of(guidance: Guidance, pairs: list[_Pair], available: int) -> dict[str, Tensor]:
     """The graph's conditioning inputs of every pair."""
-    samples = torch.tensor([j for _, _, j in pairs])
+    samples = torch.tensor([pair.sample for pair in pairs])
 
     def given(conditioning: Conditioning) -> dict[str, Tensor]:
         return flatten_conditioning(conditioning_for(conditioning, range(available)))
@@ -77,7 +90,7 @@ def _conditioning_of(guidance: Guidance, pairs: list[tuple[int, int, int]], avai
     conditional = {name: value[samples] for name, value in given(guidance.conditioning).items()}
     if guidance.scale is None:
         return conditional
-    without = given(guidance.unconditional)
+    without, other = given(guidance.unconditional), torch.tensor([pair.unconditional for pair in pairs])
     for name, value in conditional.items():
-        value[1::2] = without[name][samples[1::2]]
+        value[other] = without[name][samples[other]]
     return conditional
