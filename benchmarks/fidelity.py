@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import json
@@ -100,15 +101,45 @@ def _record(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.json")
 
 
-def _first_time(folder: Path | None, seconds: float) -> float:
-    """What making a contestant took the first time: this time's ``seconds``, unless ``folder`` has a record of it."""
-    if folder is None:
-        return seconds
-    record = _record(folder)
-    if not record.exists():
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps({"seconds": seconds}))
-    return float(json.loads(record.read_text())["seconds"])
+@dataclass(frozen=True)
+class Cost:
+    """What making something took: time, and by how much the process grew at its peak; None where nobody can tell."""
+
+    seconds: float = 0.0
+    memory_bytes: int | None = 0
+
+    def then(self, later: Cost) -> Cost:
+        """The cost of one thing after another."""
+        known = None if None in (self.memory_bytes, later.memory_bytes) else max(self.memory_bytes, later.memory_bytes)
+        return Cost(self.seconds + later.seconds, known)
+
+    def first(self, folder: Path | None) -> Cost:
+        """What it cost the first time: this time, unless ``folder`` has a record of it."""
+        if folder is None:
+            return self
+        record = _record(folder)
+        if not record.exists():
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(dataclasses.asdict(self)))
+        return Cost(**json.loads(record.read_text()))
+
+
+def costed(make: Callable[[], Any]) -> tuple[Any, Cost]:
+    """(what ``make`` returns, what that took)."""
+    before, start = forget_peak(), time.perf_counter()
+    made = make()
+    grown = None if before is None else high_water_mark() - before
+    return made, Cost(time.perf_counter() - start, grown)
+
+
+def forget_peak() -> int | None:
+    """Let the high-water mark of this process start from what it holds now, in bytes; None where that cannot be."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free but not given back would hide growth
+        Path("/proc/self/clear_refs").write_text("5")
+        return high_water_mark()
+    except (AttributeError, OSError):
+        return None
 
 
 class Setting:
@@ -118,7 +149,7 @@ class Setting:
         demo = demo_model()
         self.eta, self.quick, self.unet, self.scheduler = eta, quick, demo.unet, ddim(demo.scheduler)
         self.steps, self.noise_samples, self.calibration_samples = (3, 2, 2) if quick else (steps, 256, 64)
-        self.seconds: dict[Contestant, float] = {}
+        self.costs: dict[Contestant, Cost] = {}
         self.model, self.noise = functools.cache(self._model), functools.cache(self._noise)
         self.prepared = functools.cache(lambda recipe: equalised(self.calibration, recipe))
 
@@ -133,21 +164,24 @@ class Setting:
         )
         return found
 
-    def _noise(self, contestant: Contestant) -> tuple[Any, float]:
-        """(the noise of a contestant, the seconds that measuring it took): each correction of it pays for them."""
-        model, start = self.model(contestant), time.perf_counter()
-        noise = qe.measure_noise(model, self.unet, self.scheduler, samples=self.noise_samples, batch=_BATCH)
-        return noise, time.perf_counter() - start
+    def _noise(self, contestant: Contestant) -> tuple[Any, Cost]:
+        """(the noise of a contestant, what measuring it took): each correction of it pays for that."""
+        model, samples = self.model(contestant), self.noise_samples
+        return costed(lambda: qe.measure_noise(model, self.unet, self.scheduler, samples=samples, batch=_BATCH))
 
     def _model(self, contestant: Contestant) -> qe.IntegerUNet:
-        before, spent = contestant.before(), 0.0
-        if before is not None:
+        before, spent, folder = contestant.before(), Cost(), self._folder(contestant)
+        if before is None:
+            make = functools.partial(self._quantized, contestant, folder)
+        else:
             self.model(before)
-            spent = self.seconds[before] + (self.noise(before)[1] if contestant.correction != "none" else 0.0)
-        folder, start = self._folder(contestant), time.perf_counter()
-        model = self._quantized(contestant, folder) if before is None else self._next(contestant, before, folder)
-        self.seconds[contestant] = round(spent + _first_time(folder, time.perf_counter() - start), 2)
-        print(f"eta {self.eta:g}, {contestant}: {self.seconds[contestant]} s", file=sys.stderr, flush=True)
+            spent = self.costs[before]
+            if contestant.correction != "none":
+                spent = spent.then(self.noise(before)[1])
+            make = functools.partial(self._next, contestant, before, folder)
+        model, cost = costed(make)
+        self.costs[contestant] = spent.then(cost.first(folder))
+        print(f"eta {self.eta:g}, {contestant}: {self.costs[contestant]}", file=sys.stderr, flush=True)
         return model
 
     def _folder(self, contestant: Contestant) -> Path | None:
@@ -179,11 +213,11 @@ class Setting:
     def rows(self, contestants: Sequence[Contestant], samples: int, seed: int) -> sections.Rows:
         """One row for each; all share one float trajectory.
 
-        "calibration_seconds" are of what follows the float trajectories: rounding, learning, correcting.
+        "calibration_seconds" and "calibration_memory_bytes" (by which the process grew) are of what follows the float
+        trajectories: rounding, learning, correcting.
         """
         _ = self.calibration  # first: whatever else calls the network finds its float trajectories remembered
         models = {str(contestant): self.model(contestant) for contestant in contestants}
-        peak = high_water_mark()
         settings: dict[str, Any] = {"steps": self.steps, "samples": samples, "seed": seed, "eta": self.eta}
         setting = f"eta-{self.eta:g}-steps-{self.steps}-samples-{samples}-seed-{seed}"
         cache = None if self.quick else _CACHE / setting
@@ -193,7 +227,8 @@ class Setting:
         found = []
         for contestant in contestants:
             model, result = models[str(contestant)], results[str(contestant)]
-            seconds = {"calibration_seconds": self.seconds[contestant]}
+            cost = self.costs[contestant]
+            seconds = {"calibration_seconds": round(cost.seconds, 2)}
             found.append(
                 {
                     **row(model.recipe, model, result, seconds),
@@ -206,7 +241,7 @@ class Setting:
                     "latent_errors": [round(error, 5) for error in result.latent_error],
                     "class_accuracy": result.perception.class_accuracy,
                     **confidence(result),
-                    "peak_memory_bytes": peak,
+                    "calibration_memory_bytes": cost.memory_bytes,
                 }
             )
         return found

@@ -18,7 +18,7 @@ RESULTS = "quality-reconstruction-mnist32.json"
 COLUMNS = (
     "section", "weights", "activations", "rounding", "weight_group", "equalise", "step_sizes", "alignment", "pairs",
     "correction", "steps", "psnr_db", "latent_error", "frechet_to_float", "class_accuracy", "confident_share",
-    "confident_accuracy", "calibration_seconds",
+    "confident_accuracy", "calibration_seconds", "calibration_memory_bytes",
 )  # fmt: skip
 PRECISIONS = ("w4a8", "w4a4")
 GROUPS = (1, 2, 5, 10)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
 from benchmarks import corrections, gates, more_steps, plans, reconstruction
-from benchmarks.fidelity import UNCLAMPED, Contestant
+from benchmarks.fidelity import UNCLAMPED, Contestant, Cost, costed
 from qdiff_engine.recipe import check_align, check_correct
 
 
@@ -21,6 +22,20 @@ def test_a_contestant_is_made_by_its_last_step_from_another() -> None:
     recipe = whole.recipe()
     assert (recipe.weight_bits, recipe.weights, recipe.equalise, recipe.align) == (4, "gptq", "on", "none")
     assert Contestant("w4a8").recipe().weights == "gptq"  # the recipe's own
+
+
+def test_costs_are_of_the_first_time(tmp_path: Path) -> None:
+    mib = 2**20
+    _, cost = costed(lambda: torch.ones(64 * mib))  # 256 MiB, let go at once
+    assert cost.memory_bytes is not None and 250 * mib < cost.memory_bytes < 300 * mib
+    _, later = costed(lambda: torch.ones(16 * mib))
+    assert later.memory_bytes is not None and 60 * mib < later.memory_bytes < 110 * mib
+    both = cost.then(later)
+    assert both == Cost(cost.seconds + later.seconds, cost.memory_bytes)
+    assert cost.then(Cost(1.0, None)).memory_bytes is None
+    folder = tmp_path / "learnt" / "w4a4"
+    assert cost.first(folder) == cost == later.first(folder)
+    assert later.first(None) == later
 
 
 @pytest.mark.parametrize("benchmark_module", [corrections, gates, more_steps, reconstruction])
