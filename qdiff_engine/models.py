@@ -59,7 +59,7 @@ def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu
         OSError: a file or folder that is missing or cannot be read.
         ValueError: a file whose content is wrong; the message names the file and the mend.
     """
-    target = _usable_device(device)
+    target = usable_device(device)
     demo = isinstance(source, str) and source == DEMO_NAME
     folder = DEMO_FOLDER if demo else Path(source).expanduser()
     unet_folder, scheduler_folder = _find_parts(folder)
@@ -100,8 +100,8 @@ def ddim(scheduler: Any) -> Any:
             ) from error
 
 
-def _usable_device(device: str | torch.device) -> torch.device:
-    """``device`` as torch knows it, refused before any file is read when this machine has none."""
+def usable_device(device: str | torch.device) -> torch.device:
+    """``device`` as torch knows it, refused with a ValueError where this machine has none."""
     try:
         target = torch.device(device)
     except (RuntimeError, TypeError) as error:

@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .alignment.alignment import align, settings_of
+from .alignment.alignment import align, check_alignment, settings_of
+from .alignment.training import Progress as AlignmentProgress
 from .calibration.calibration import Calibration
 from .calibration.observers import affine, merged
 from .equalisation import equalise
 from .graph.capture import hash_parameters
 from .graph.ir import Graph
+from .models import usable_device
 from .plan_requests import expected_modes, preset_modes
 from .plans.choice import TRIAL_SAMPLES, PlanChoice, choose, needed_modes
 from .plans.trial import Sampler
@@ -41,6 +43,7 @@ def quantize(
     on_plan: Callable[[PlanChoice], None] | None = None,
     on_progress: OnProgress | None = None,
     on_start: OnStart | None = None,
+    on_align: Callable[[AlignmentProgress], None] | None = None,
     cache_dir: str | Path | None = None,
     device: str | torch.device = "cpu",
 ) -> IntegerUNet:
@@ -56,11 +59,13 @@ def quantize(
         on_plan: called with such a plan once it is chosen.
         on_progress: called after each iteration of weights that are learnt; see `reconstruction.stage.Progress`.
         on_start: told the peak memory that rounding by gptq or adaround is expected to take, before it starts.
-        cache_dir: folder for weights in progress (gptq, adaround); an interrupted run resumes there, to the same bits.
-        device: where gptq and adaround evaluate the network and learn; the model itself begins on the CPU.
+        on_align: called after each iteration of alignment, where the recipe asks for it.
+        cache_dir: folder for work in progress (gptq, adaround, alignment); an interrupted run resumes there, to the
+            same bits.
+        device: where gptq, adaround and alignment evaluate the network and learn; the model itself begins on the CPU.
 
     Raises:
-        ValueError: the unet is not the calibrated one, or the plan does not fit the rows.
+        ValueError: the unet is not the calibrated one, the plan does not fit the rows, there is no such device.
     """
     if not isinstance(calibration, Calibration):
         raise TypeError(f"calibration must come from qdiff_engine.calibrate, got {type(calibration).__name__}")
@@ -68,9 +73,13 @@ def quantize(
         raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}; Recipe.named('w8a8') makes one")
     if hash_parameters(unet) != calibration.key["model_hash"]:
         raise ValueError("unet is not the one that was calibrated: its parameters have another hash")
+    device, cache = usable_device(device), None if cache_dir is None else Path(cache_dir)
+    if recipe.align != "none":
+        check_alignment(settings_of(recipe), calibration)
     calibration = equalised(calibration, recipe)
     captured, parameters = calibration.capture.graph, calibration.capture.constants
-    rounded, learnt = rounded_layers(calibration, recipe, cache_dir, on_layer, on_progress, on_start, device)
+    rounding = None if cache is None else cache / "weights"
+    rounded, learnt = rounded_layers(calibration, recipe, rounding, on_layer, on_progress, on_start, device)
     weights = {layer: parts.weights for layer, parts in rounded.items()}
     shifts = {layer: parts.shift for layer, parts in rounded.items()}
     graph, parameters = with_own_biases(without_weights(captured), parameters, shifts)
@@ -94,9 +103,16 @@ def quantize(
             model_config=calibration.capture.config,
         )
 
+    def aligned(unaligned: IntegerUNet) -> IntegerUNet:
+        """With learnt step sizes, where the recipe asks for them; `align` itself takes more settings."""
+        if recipe.align == "none":
+            return unaligned
+        folder = None if cache is None else cache / "align"
+        return align(unaligned, calibration, device=device, cache_dir=folder, on_iteration=on_align)
+
     request = recipe.plan_request()
     if request is None or not request.measured:
-        return _aligned(model(with_learnt(make_table(calibration, recipe), learnt)), calibration, recipe)
+        return aligned(model(with_learnt(make_table(calibration, recipe), learnt)))
     tables = {mode: with_learnt(make_table(calibration, recipe, mode), learnt) for mode in needed_modes(request)}
     first = model(next(iter(tables.values())))  # the others share its packed weights
     trials = {mode: first.with_table(table) for mode, table in tables.items()}
@@ -105,12 +121,7 @@ def quantize(
     if on_plan is not None:
         on_plan(choice)
     chosen = with_learnt(make_table(calibration, recipe, choice.modes), learnt)
-    return _aligned(first.with_table(chosen), calibration, recipe)
-
-
-def _aligned(model: IntegerUNet, calibration: Calibration, recipe: Recipe) -> IntegerUNet:
-    """The model with learnt step sizes, where the recipe asks for them; `align` itself takes more settings."""
-    return model if recipe.align == "none" else align(model, calibration, settings_of(recipe))
+    return aligned(first.with_table(chosen))
 
 
 def equalised(calibration: Calibration, recipe: Recipe, on_step: Callable[[], None] | None = None) -> Calibration:
@@ -155,8 +166,16 @@ def rounded_layers(
         mode = f"A{recipe.activation_bits}"
         table = make_table(calibration, recipe, (mode,) * len(calibration.timesteps))
         groups = recipe.row_group() if recipe.step_sizes == "learnt" else None
-        learning = (recipe.learn_iterations, groups, recipe.learn_samples)
-        settings = ReconstructionSettings(recipe.weights, recipe.weight_bits, *learning, device, recipe.weight_group)
+        settings = ReconstructionSettings(
+            method=recipe.weights,
+            weight_bits=recipe.weight_bits,
+            iterations=recipe.learn_iterations,
+            step_groups=groups,
+            samples=recipe.learn_samples,
+            batch=recipe.learn_batch,
+            device=device,
+            weight_group=recipe.weight_group,
+        )
         found = reconstruct(calibration, table, settings, cache_dir, on_layer, on_progress, on_start)
         return found.layers, None if groups is None else found.table
     rounded = {}

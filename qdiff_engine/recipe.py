@@ -55,8 +55,8 @@ class Recipe:
         weight_group: how many inputs of a linear layer share a weight scale, 64 or 128, where that divides their
             number; 0 for one scale per output.
         learn_iterations: of each block, with "adaround"; 0 learns nothing and leaves nearest rounding.
-        learn_samples: how many inputs of the network "gptq" and "adaround" see, evenly from all rows: one of each at
-            least, and no more than fit into 2 GiB between two layers.
+        learn_samples: how many inputs of the network "gptq" and "adaround" see, evenly from all rows, and no more than
+            fit into 2 GiB between two layers. learn_batch: how many of them an iteration of "adaround" takes.
         step_sizes: of activations: "observed" (by the observer) or "learnt", with "adaround", in the same blocks as the
             rounding; quantisers of other bits than in a uniform plan of ``activation_bits`` keep what was observed.
         equalise: "on" divides the channels of activations by factors that the weights absorb, where a search finds that
@@ -80,6 +80,7 @@ class Recipe:
     weight_group: int = 0
     learn_iterations: int = 500
     learn_samples: int = 256
+    learn_batch: int = 8
     step_sizes: str = "observed"
     observer: str = "mse"
     rows: str = "step"
@@ -103,8 +104,10 @@ class Recipe:
             self.plan_request()
         if type(self.learn_iterations) is not int or self.learn_iterations < 0:
             raise ValueError(f"learn_iterations must be a whole number of at least 0, got {self.learn_iterations!r}")
-        if type(self.learn_samples) is not int or self.learn_samples < 1:
-            raise ValueError(f"learn_samples must be a whole number of at least 1, got {self.learn_samples!r}")
+        for name in ("learn_samples", "learn_batch"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.step_sizes == "learnt" and self.weights != "adaround":
             raise ValueError(
                 f"step_sizes 'learnt' needs weights 'adaround', whose blocks learn them, got {self.weights!r}"

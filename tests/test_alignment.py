@@ -23,7 +23,7 @@ from networks import SAMPLES, STEPS, ddim, normal, relative
 from torch import Tensor
 
 import qdiff_engine as qe
-from qdiff_engine.alignment import training
+from qdiff_engine.alignment import alignment, training
 from qdiff_engine.alignment.agreement import layer_agreement
 from qdiff_engine.alignment.alignment import end_errors
 from qdiff_engine.alignment.learnt import Learnt, Simulation
@@ -243,6 +243,30 @@ def test_work_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
     assert counts == [3, 0, 3]
 
 
+def test_quantize_resumes_alignment_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted in alignment, it goes on there, with the weights that it had; every iteration is told once."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        if progress.iteration == 8:
+            raise Stop
+
+    monkeypatch.setattr(training, "SAVE_EVERY", 3)
+    monkeypatch.setattr(alignment, "settings_of", lambda recipe: AlignmentSettings(group=2, iterations=15, batch=2))
+    calibration, told, layers = networks.calibration(NAME), list[Progress](), list[str]()
+    arguments: tuple[Any, ...] = (networks.network(NAME), calibration, Recipe.named("w4a4", align="accuquant:2"))
+    with pytest.raises(Stop):
+        qe.quantize(*arguments, cache_dir=tmp_path, on_align=stop)
+    resumed = qe.quantize(*arguments, cache_dir=tmp_path, on_align=told.append, on_layer=layers.append)
+    assert [p.iteration for p in told] == list(range(7, 16)) and sum(p.advanced for p in told) == 15
+    whole = qe.quantize(*arguments)
+    assert torch.equal(resumed.table.scale, whole.table.scale) and layers == list(whole.weights)
+    assert not torch.equal(whole.table.scale, quantised(calibration).table.scale)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["align", "weights"]
+
+
 def test_divergence_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     calibration, model = networks.calibration(NAME), networks.integer_model(NAME, "w4a4")
     monkeypatch.setattr(training, "accumulate_gradient", lambda *_: float("nan"))
@@ -258,9 +282,21 @@ def test_bad_arguments() -> None:
         ({"iterations": -1}, "iterations must be at least 0"),
         ({"batch": 0}, "batch must be at least 1"),
         ({"scale_rate": float("nan")}, "scale_rate must be a finite number"),
+        ({"pairs": "density:999"}, f"pairs must be at most the calibration's {STEPS * SAMPLES}, got 999"),
     ):
         with pytest.raises(ValueError, match=message):
             qe.align(model, calibration, AlignmentSettings(**{"group": 2, **settings}))
+    with pytest.raises(TypeError, match="settings must be AlignmentSettings, got dict"):
+        qe.align(model, calibration, {"group": 2})  # type: ignore[arg-type]
+    for device in ("banana", "cuda:99"):
+        with pytest.raises(ValueError, match="device"):
+            qe.align(model, calibration, AlignmentSettings(group=2), device=device)
+    other = dataclasses.replace(calibration, key={**calibration.key, "eta": 0.5})
+    with pytest.raises(ValueError, match="calibration is not the one"):
+        qe.align(model, other, AlignmentSettings(group=2))
+    too_long = Recipe.named("w4a4", align=f"accuquant:{STEPS + 1}")
+    with pytest.raises(ValueError, match=f"group must be at most the sampler's {STEPS} steps"):
+        qe.quantize(networks.network(NAME), calibration, too_long, on_layer=lambda _: pytest.fail("before any work"))
     with pytest.raises(TypeError, match="model must be an IntegerUNet, got str"):
         qe.align("model", calibration)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="calibration must come from"):
@@ -284,9 +320,15 @@ def test_running_out_of_memory_names_the_setting(error: BaseException, monkeypat
 
     calibration, model = networks.calibration(NAME), networks.integer_model(NAME, "w4a4")
     monkeypatch.setattr(training, "accumulate_gradient", fails)
-    with pytest.raises(OSError, match="not enough memory to align 3 samples at a time; lower batch") as found:
-        qe.align(model, calibration, AlignmentSettings(group=2, iterations=2, batch=3))
-    assert found.value.errno == errno.ENOMEM
+    for batch, recompute, mend in (
+        (3, False, r"set recompute \(--align-recompute\), or lower batch \(--align-batch\)$"),
+        (1, False, r"set recompute \(--align-recompute\)$"),
+        (3, True, r"lower batch \(--align-batch\)$"),
+        (1, True, "batch is 1 already: use a device with more memory$"),
+    ):
+        with pytest.raises(OSError, match=f"not enough memory to align {batch} samples at a time; {mend}") as found:
+            qe.align(model, calibration, AlignmentSettings(2, iterations=2, batch=batch, recompute=recompute))
+        assert found.value.errno == errno.ENOMEM
     monkeypatch.setattr(training, "accumulate_gradient", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         qe.align(model, calibration, AlignmentSettings(group=2, iterations=2, batch=3))

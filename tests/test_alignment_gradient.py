@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 from aligning import GUIDED, calibrated, quantised
-from networks import ddim, normal, relative
+from networks import SAMPLES, STEPS, ddim, normal, relative
 from torch import Tensor
 
 import qdiff_engine as qe
@@ -192,6 +192,37 @@ def test_memory_estimate_is_what_a_call_saves() -> None:
     with SavedBytes(held_by(simulation)).counting() as saved:
         accumulate_gradient(simulation, path.steps, path.guidance, moments[0], 2, moments[2].latents)
     assert estimated(simulation, path, 3).saved == pytest.approx(saved.peak, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "keywords", "share"), [("guided", GUIDED, 1.0), ("unet2d", {}, 0.6)])
+def test_recomputed_activations_take_less_memory_to_the_same_gradient(
+    name: str, keywords: dict[str, Any], share: float
+) -> None:
+    """Bit for bit; the memory of a network of many blocks, for one of two has little to give up."""
+    calibration = calibrated(name=name, **keywords)
+    path, model = float_path(calibration, batch=3), quantised(calibration, name)
+    moments, gradients, peaks = path.moments[0], [], []
+    for recompute in (False, True):
+        learnt = Learnt(model)
+        simulation = Simulation(model, learnt, recompute)
+        accumulate_gradient(simulation, path.steps, path.guidance, moments[0], 2, moments[2].latents)
+        gradients.append(taken(learnt))
+        peaks.append(estimated(simulation, path, 3).saved)
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert peaks[1] < share * peaks[0]
+
+
+def test_memory_counts_what_is_there() -> None:
+    """The noise of a sampler that adds some, and no more samples than were calibrated on."""
+    calibration = calibrated(eta=1.0)
+    path, model = float_path(calibration, batch=8), quantised(calibration)
+    simulation = Simulation(model, Learnt(model))
+    all_there, more = (estimated(simulation, path, batch) for batch in (SAMPLES, 100))
+    assert all_there == more
+    latents = 4 * len(path.moments[0][0].latents.flatten())
+    noisy = sum(noise is not None for noise in path.steps.noise)
+    assert noisy >= STEPS - 1 and more.path == latents * (STEPS + 1 + noisy)
 
 
 def test_fused_step_is_affine_where_nothing_clips() -> None:

@@ -18,9 +18,11 @@ from networks import CASES, normal
 from torch import Tensor, nn
 
 import qdiff_engine as qe
+from qdiff_engine.calibration import checkpoint
 from qdiff_engine.calibration.calibration import Calibration, calibrate, calibration_key
 from qdiff_engine.quantization import quantize
 from qdiff_engine.recipe import Recipe
+from qdiff_engine.runtime import files
 from qdiff_engine.sampling import Guidance
 
 TESTS = Path(__file__).resolve().parent
@@ -145,11 +147,45 @@ def test_a_damaged_step_is_computed_again(damage: str, tmp_path: Path) -> None:
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("change", [{"seed": 12}, {"steps": 4}, {"eta": 0.3}])
+@pytest.mark.parametrize("change", [{"seed": 12}, {"steps": 4}, {"eta": 0.3}, {"batch": 1}])
 def test_another_key_starts_afresh(change: dict[str, Any], tmp_path: Path) -> None:
     tiny(cache_dir=tmp_path)
     assert_equal(tiny(cache_dir=tmp_path, **change), tiny(**change))
     assert len(list(tmp_path.glob("step-*"))) == change.get("steps", 5)
+
+
+def test_a_cache_folder_survives_every_moment_of_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while the key is written, and while a folder of another key is deleted; through a link, too."""
+    expected = tiny()
+    cache = tmp_path / "cache"
+    (tmp_path / "disk").mkdir()
+    cache.symlink_to(tmp_path / "disk")
+    (cache / ".key.json.saving-0123abcd").write_text("{")
+    assert_equal(tiny(cache_dir=cache), expected)
+
+    class Killed(Exception):
+        pass
+
+    def killed(folder: Path) -> None:
+        (folder / "key.json").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            tiny(cache_dir=cache, seed=12)
+    assert_equal(tiny(cache_dir=cache), expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "disk"], "the leftover is gone"
+
+
+def test_an_older_engines_work_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(checkpoint, "__version__", "0.0.1")
+    tiny(cache_dir=tmp_path)
+    monkeypatch.undo()
+    (tmp_path / "step-00000.safetensors").write_bytes(b"from an older engine")
+    tiny(cache_dir=tmp_path, on_step=told.append)
+    assert len(told) == 5 and "0.0.1" not in (tmp_path / "key.json").read_text()
 
 
 def test_a_cache_folder_with_other_files_is_refused(tmp_path: Path) -> None:

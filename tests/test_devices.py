@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
+import diffusers
 import networks
 import pytest
 import torch
 
 import qdiff_engine as qe
 from qdiff_engine import ops
+from qdiff_engine.alignment.path import Moment
+from qdiff_engine.graph.interpret import flatten_conditioning, run_float
 from qdiff_engine.graph.ir import Node
 from qdiff_engine.graph.operators import FLOAT_OPS
 from qdiff_engine.ops import dispatch
@@ -94,6 +97,31 @@ def test_a_tensor_made_of_numbers_lies_on_the_models_device(op: str, args: tuple
     values: list[Any] = [None]
     Compiler.floating(cast(Compiler, compiler), node, FLOAT_OPS[op])(values, cast(Any, None))
     assert values[0].is_meta and values[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["unet2d", "class", "sd", "sdxl", "guided", "plain"])
+def test_the_float_network_runs_where_its_input_is(name: str) -> None:
+    """Learning evaluates it on the device that learns: tensors made of numbers have to be there, too."""
+    found, step = networks.calibration(name).capture, networks.trajectory(name)[0]
+    given = flatten_conditioning(networks.conditioning(name, networks.SAMPLES))
+    timestep = torch.full((networks.SAMPLES,), int(step.timestep))
+    inputs = {"sample": step.sample, "timestep": timestep, **given}
+    constants, elsewhere = ({key: x.to("meta") for key, x in held.items()} for held in (found.constants, inputs))
+    output = run_float(found.graph, constants, elsewhere)
+    assert output.is_meta and output.shape == step.sample.shape
+
+
+def test_a_schedulers_latents_follow_the_moments() -> None:
+    """Those it keeps between steps; its own vectors stay, and so does the path's scheduler."""
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    scheduler.set_timesteps(4)
+    latents = torch.zeros(1, 3, 4, 4)
+    scheduler.model_outputs = [None, latents]
+    moved = Moment(1, latents, range(1), scheduler).on(torch.device("meta"), torch.float64)
+    assert moved.latents.is_meta and moved.scheduler.model_outputs[0] is None
+    assert moved.scheduler.model_outputs[1].is_meta and moved.scheduler.model_outputs[1].dtype == torch.float64
+    assert not scheduler.model_outputs[1].is_meta and not moved.scheduler.sigmas.is_meta
+    assert moved.scheduler.sigmas.dtype == torch.float32
 
 
 class Received(Exception):

@@ -36,6 +36,7 @@ from qdiff_engine.reconstruction.layers import bias_shift, layers, round_layer, 
 from qdiff_engine.reconstruction.learning import BlockData, BlockNetwork, learn_rounding
 from qdiff_engine.reconstruction.learning_set import learning_set
 from qdiff_engine.reconstruction.memory import Memory, estimated, waiting_bytes
+from qdiff_engine.reconstruction.placement import mixed_precision
 from qdiff_engine.reconstruction.stage import Progress, ReconstructionSettings, reconstruct
 from qdiff_engine.rounding import gptq, nearest
 from qdiff_engine.runtime.model import IntegerUNet
@@ -73,7 +74,7 @@ def test_the_learning_set_draws_evenly_what_the_network_received() -> None:
         drawn.update(found)
     assert drawn == set(range(networks.SAMPLES))
     assert len(learning_set(calibration, 10**6)) == networks.STEPS * networks.SAMPLES
-    assert len(learning_set(calibration, 1)) == networks.STEPS
+    assert learning_set(calibration, 1).rows.tolist() == [0] and learning_set(calibration, 2).rows.tolist() == [0, 2]
 
 
 def test_the_learning_set_hears_both_branches_of_guidance() -> None:
@@ -316,7 +317,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
         command = [sys.executable, "-c", _KILLED, str(tmp_path), str(blocks)]
         done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    kept = len(list(tmp_path.glob("step-*.safetensors")))
+    kept = len(list((tmp_path / "weights").glob("step-*.safetensors")))
     assert kept == 3, "two blocks, then one more"
     told: list[Progress] = []
     recipe = Recipe(weight_bits=4, weights="adaround", learn_iterations=3, step_sizes="learnt")
@@ -358,6 +359,38 @@ def test_memory_is_told_before_it_is_taken(name: str) -> None:
     assert (more.waiting, more.entries, more.learning) == (2 * memory.waiting, 2 * memory.entries, memory.learning)
 
 
+def test_smaller_batches_keep_less_for_backward() -> None:
+    calibration = networks.calibration("unet2d")
+    table, kept = make_table(calibration, Recipe()), []
+    for batch in (2, 4, 8):
+        told: list[Memory] = []
+        settings = ReconstructionSettings("adaround", iterations=1, samples=8, batch=batch)
+        with SavedBytes().counting() as saved:
+            reconstruct(calibration, table, settings, on_start=told.append)
+        assert 0.3 * told[0].learning < saved.peak < 1.1 * told[0].learning
+        kept.append(told[0].learning)
+    assert kept[0] < kept[1] < kept[2]
+
+
+def test_products_are_mixed_inside_and_as_they_were_outside() -> None:
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    with pytest.raises(ZeroDivisionError), mixed_precision():
+        assert products.fp32_precision == "tf32"
+        _ = 1 / 0
+    assert products.fp32_precision == before
+
+
+def test_equalised_weights_are_not_taken_from_other_work(tmp_path: Path) -> None:
+    """With floating activations no scale tells the two apart: the factors do."""
+    network, calibration = networks.network("unet2d"), networks.calibration("unet2d")
+    plain, even = (Recipe.named("w4a16", equalise=equalise, learn_samples=8) for equalise in ("off", "on"))
+    before = quantize(network, calibration, plain, cache_dir=tmp_path)
+    expected = quantize(network, calibration, even)
+    assert set(expected.constants) > set(before.constants), "factors"
+    assert same(quantize(network, calibration, even, cache_dir=tmp_path), expected)
+
+
 def test_running_out_of_memory_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise MemoryError
@@ -365,7 +398,7 @@ def test_running_out_of_memory_names_the_setting(monkeypatch: pytest.MonkeyPatch
     calibration = networks.calibration("unet2d")
     monkeypatch.setattr(stage, "round_layer", fails)
     with pytest.raises(
-        OSError, match="not enough memory to round weights with 4 samples; lower learn_samples"
+        OSError, match="not enough memory to round weights with 4 samples; lower learn_samples.*learn_batch"
     ) as found:
         reconstruct(calibration, make_table(calibration, Recipe()), ReconstructionSettings("gptq", samples=4))
     assert found.value.errno == errno.ENOMEM
@@ -378,8 +411,11 @@ def test_arguments_are_checked_first() -> None:
         ReconstructionSettings("adaround")
     with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         ReconstructionSettings("gptq", samples=0)
-    with pytest.raises(ValueError, match="learn_samples must be a whole number of at least 1, got 0"):
-        Recipe(learn_samples=0)
+    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
+        ReconstructionSettings("gptq", batch=0)
+    for name in ("learn_samples", "learn_batch"):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):
+            Recipe(**{name: 0})
     with pytest.raises(ValueError, match="step_sizes 'learnt' needs weights 'adaround'.* got 'gptq'"):
         Recipe(weights="gptq", step_sizes="learnt")
     with pytest.raises(ValueError, match="learn_iterations must be a whole number of at least 0, got -1"):

@@ -15,9 +15,10 @@ from ..calibration.calibration import Calibration
 from ..calibration.checkpoint import Checkpoint, fingerprint
 from ..calibration.selection import parse_selection, selected_pairs
 from ..memory import memory_errors
+from ..models import usable_device
 from ..recipe import Recipe, check_align
 from ..runtime.model import IntegerUNet
-from ..sampling import check_count
+from ..samplers import check_count, coefficients, prepared
 from .gradient import rollout
 from .learnt import Learnt, Simulation
 from .memory import Memory, estimated
@@ -52,26 +53,27 @@ def align(
         on_iteration: called after every iteration, for progress.
 
     Returns:
-        The same arguments give the same model bit for bit, resumed or not; with 0 iterations it is ``model`` itself.
+        On the CPU the same arguments give the same model bit for bit, resumed or not; with 0 iterations it is ``model``
+        itself.
 
     Raises:
-        ValueError: an argument out of range, another calibration, a corrected model, a sampler that is not
-            differentiable, learning rates that diverge.
+        ValueError: an argument out of range, a device that is not there, another calibration, a corrected model, a
+            sampler that is not differentiable, learning rates that diverge.
+        TypeError: an argument of the wrong kind.
         OSError: not enough memory; the message names the setting to lower.
     """
-    settings = _checked(model, calibration, settings)
+    settings, device = _checked(model, calibration, settings), usable_device(device)
     if settings.iterations == 0:
         return model
-    path = float_path(calibration, settings.batch)
-    selection = parse_selection(settings.pairs)
-    pairs = None if selection.kind == "every" else selected_pairs(calibration, selection, settings.seed)
-    learnt = Learnt(model, device)
-    simulation = Simulation(model, learnt)
-    mend = "lower batch" if settings.batch > 1 else "batch is 1 already: use a device with more memory"
-    with memory_errors(f"align {settings.batch} samples at a time", f"{mend} (--align-batch)"):
+    with memory_errors(f"align {settings.batch} samples at a time", _mend(settings)):
+        path = float_path(calibration, settings.batch)
+        selection = parse_selection(settings.pairs)
+        pairs = None if selection.kind == "every" else selected_pairs(calibration, selection, settings.seed)
+        learnt = Learnt(model, device)
+        simulation = Simulation(model, learnt, settings.recompute)
         if on_start is not None:
             on_start(estimated(simulation, path, settings.batch))
-        key = progress_key(model, calibration, settings)
+        key = {**progress_key(model, calibration, settings), "device": device.type}
         checkpoint = None if cache_dir is None else Checkpoint.open(cache_dir, key)
         Trainer(simulation, path, settings, checkpoint, pairs).run(on_iteration)
     return IntegerUNet(
@@ -85,6 +87,13 @@ def align(
         device=model.device,
         dtype=model.dtype,
     )
+
+
+def _mend(settings: AlignmentSettings) -> str:
+    """What lessens the memory of learning, the cheapest first."""
+    if not settings.recompute:
+        return "set recompute (--align-recompute)" + (", or lower batch (--align-batch)" if settings.batch > 1 else "")
+    return "lower batch (--align-batch)" if settings.batch > 1 else "batch is 1 already: use a device with more memory"
 
 
 def end_errors(model: Any, calibration: Calibration, group: int, batch: int = 4) -> list[float]:
@@ -119,25 +128,46 @@ def _checked(model: Any, calibration: Any, settings: AlignmentSettings | None) -
         raise TypeError(f"model must be an IntegerUNet, got {type(model).__name__}")
     if not isinstance(calibration, Calibration):
         raise TypeError(f"calibration must come from qdiff_engine.calibrate, got {type(calibration).__name__}")
-    if calibration.key["model_hash"] != model.key.get("model_hash") or calibration.timesteps != model.table.timesteps:
+    if calibration.key != model.key or calibration.timesteps != model.table.timesteps:
         raise ValueError("calibration is not the one that the model was made with")
-    if calibration.scheduler is None:
-        raise ValueError("calibration has no scheduler, so no steps can be taken with it; calibrate again")
     table = model.table
     if model.correction is not None or bool((table.output_scale != 1).any()) or bool((table.output_shift != 0).any()):
         raise ValueError("model is corrected already; align it first, then measure its noise and correct it")
     settings = settings_of(model.recipe) if settings is None else settings
+    check_alignment(settings, calibration)
+    return settings
+
+
+def check_alignment(settings: Any, calibration: Calibration) -> None:
+    """`check_settings` on a calibration's trajectories."""
+    if calibration.scheduler is None:
+        raise ValueError("calibration has no scheduler, so no steps can be taken with it; calibrate again")
+    key = calibration.key
+    check_settings(settings, calibration.scheduler, key["steps"], key["samples"], key["eta"])
+
+
+def check_settings(settings: Any, scheduler: Any, steps: int, samples: int, eta: float = 0.0) -> None:
+    """Raise TypeError or ValueError unless alignment can learn like that on so many samples of a deployment sampler."""
+    if not isinstance(settings, AlignmentSettings):
+        raise TypeError(f"settings must be AlignmentSettings, got {type(settings).__name__}")
     check_count("iterations", settings.iterations, least=0), check_count("seed", settings.seed, least=0)
     check_count("batch", settings.batch)
-    parse_selection(settings.pairs)
-    steps = len(calibration.trajectory.timesteps)
-    if check_count("group", settings.group) > steps:
-        raise ValueError(f"group must be at most the sampler's {steps} steps, got {settings.group}")
+    ready = prepared(scheduler, steps)
+    length = len(ready.timesteps)
+    if check_count("group", settings.group) > length and settings.iterations > 0:
+        raise ValueError(f"group must be at most the sampler's {length} steps, got {settings.group}")
     for name in ("scale_rate", "zero_point_rate", "weight_rate"):
         value = getattr(settings, name)
         if not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-    return settings
+    selection = parse_selection(settings.pairs)
+    if selection.count > length * samples:
+        raise ValueError(f"pairs must be at most the calibration's {length * samples}, got {selection.count}")
+    if selection.kind != "every" and coefficients(ready, eta) is None:
+        raise ValueError(
+            f"pairs {settings.pairs!r} can be selected for DDIM and DDPM, whose steps keep no state; use 'every' with "
+            f"{type(scheduler).__name__}"
+        )
 
 
 def progress_key(model: IntegerUNet, calibration: Calibration, settings: AlignmentSettings) -> dict[str, Any]:

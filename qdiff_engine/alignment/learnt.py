@@ -6,21 +6,26 @@ Everything is held relative to where it starts, so that what has learnt nothing 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .. import numerics
-from ..graph.interpret import ActivationHook, fake_quantize, flatten_conditioning, per_channel, run_float
+from ..graph.interpret import ActivationHook, Evaluation, fake_quantize, flatten_conditioning, per_channel, run_float
 from ..graph.ir import Node
+from ..reconstruction.blocks import find_blocks
 from ..runtime.model import IntegerUNet
 from ..tables import Table, row_groups
 from ..weights import QuantizedWeight
 
 _LIMIT = 3.0  # of |log| of a scale's change: 20 times
 _SHARED = 0  # the group of what the prompt alone feeds, which all rows share
+
+RunPart = Callable[[Evaluation, dict[str, Any]], dict[str, Any]]
 
 
 class Learnt:
@@ -133,11 +138,18 @@ class Learnt:
 
 
 class Simulation:
-    """The quantised network with learnt scales, in differentiable floating point, called like a UNet."""
+    """The quantised network with learnt scales, in differentiable floating point, called like a UNet.
 
-    def __init__(self, model: IntegerUNet, learnt: Learnt) -> None:
+    Args:
+        recompute: keep for the backward pass what one block of layers hands to later ones only, and compute the rest
+            again there: less memory for more time, the same gradient.
+    """
+
+    def __init__(self, model: IntegerUNet, learnt: Learnt, recompute: bool = False) -> None:
         self.graph, self.learnt, self.row = model.graph, learnt, model.table.row
         self.constants = {name: value.to(learnt.device) for name, value in model.constants.items()}
+        self.parts = [block.nodes for block in find_blocks(self.graph)] if recompute else None
+        self.run_part: RunPart = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, sample: Tensor, timestep: Tensor, **conditioning: Any) -> Tensor:
         """The simulated prediction in the dtype of what is learnt."""
@@ -152,6 +164,8 @@ class Simulation:
             weight=learnt.weight,
             product=learnt.product,
             dtype=learnt.dtype,
+            parts=self.parts,
+            run_part=self.run_part,
         )
 
     __call__ = forward

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..graph.interpret import Evaluation
 from ..memory import SavedBytes
 from ..sampling import conditioning_for, predict, timestep_tensor
 from .learnt import Simulation
@@ -25,7 +26,7 @@ class Memory:
         parameters: what is learnt, with gradients and Adam's moments.
         network: dequantised weights and constants.
         saved: the activations of a batch that one call keeps for its backward pass.
-        path: the float path's latents.
+        path: the float path's latents, and the sampler's noise.
     """
 
     parameters: int
@@ -43,8 +44,10 @@ def estimated(simulation: Simulation, path: Path, batch: int) -> Memory:
     """The memory of learning with ``batch`` samples a call, from calls with one sample and with two."""
     held = list(held_by(simulation))
     one, two = (_saved_by(simulation, path, count, held) for count in (1, 2))
-    rows = batch * (1 if path.guidance.scale is None else 2)
+    samples = sum(len(moments[0].samples) for moments in path.moments)
+    rows = min(batch, samples) * (1 if path.guidance.scale is None else 2)
     latents = [moment.latents for moments in path.moments for moment in moments]
+    latents += [noise for noise in path.steps.noise if noise is not None]
     return Memory(
         parameters=_ADAM * _bytes([parameter for _, parameter in simulation.learnt.named()]),
         network=_bytes(held),
@@ -66,10 +69,39 @@ def _saved_by(simulation: Simulation, path: Path, count: int, held: list[Tensor]
     sample = path.steps.received(moment)[:1].repeat(count, 1, 1, 1).to(simulation.learnt.device)
     timestep = timestep_tensor(path.steps.timesteps[0], count)
     conditioning: dict[str, Any] = conditioning_for(path.guidance.conditioning, range(count))
+    if simulation.parts is not None:
+        return _saved_in_parts(simulation, held, lambda: predict(simulation, sample, timestep, conditioning))
     with torch.enable_grad(), SavedBytes(held).counting() as saved:
         output = predict(simulation, sample, timestep, conditioning)
     del output
     return saved.peak
+
+
+def _saved_in_parts(simulation: Simulation, held: list[Tensor], call: Callable[[], Tensor]) -> int:
+    """What a call keeps that computes its parts again: what they hand on, and all that the largest of them saves."""
+    handed_on: dict[int, int] = {}
+    largest = 0
+
+    def counted(part: Evaluation, values: dict[str, Any]) -> dict[str, Any]:
+        nonlocal largest
+        with SavedBytes(
+            [*held, *(value for value in values.values() if isinstance(value, Tensor))]
+        ).counting() as saved:
+            values = part(values)
+        largest = max(largest, saved.peak)
+        storages = [value.untyped_storage() for value in values.values() if isinstance(value, Tensor)]
+        kept.extend(storages)
+        handed_on.update({storage.data_ptr(): storage.nbytes() for storage in storages})
+        return values
+
+    kept: list[torch.UntypedStorage] = []  # so that no address is used twice
+    run_part, simulation.run_part = simulation.run_part, counted
+    try:
+        with torch.enable_grad():
+            call()
+    finally:
+        simulation.run_part = run_part
+    return sum(handed_on.values()) + largest
 
 
 def _bytes(tensors: list[Tensor]) -> int:

@@ -28,11 +28,29 @@ class Moment:
     samples: Sequence[int]
     scheduler: Any = None
 
+    def on(self, device: torch.device, dtype: torch.dtype) -> Moment:
+        """The moment with its latents, and those that its scheduler keeps, on ``device`` in ``dtype``."""
+        scheduler = self.scheduler if self.scheduler is None else copy.copy(self.scheduler)
+        if scheduler is not None:
+            vars(scheduler).update({name: _latents_on(value, device, dtype) for name, value in vars(scheduler).items()})
+        return Moment(self.index, self.latents.to(device, dtype), self.samples, scheduler)
+
+
+def _latents_on(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """``value`` with whatever latents it holds moved; a scheduler's vectors of timesteps and sigmas stay."""
+    if isinstance(value, list):
+        return [_latents_on(item, device, dtype) for item in value]
+    return value.to(device, dtype) if isinstance(value, Tensor) and value.dim() > 1 else value
+
 
 class Steps(Protocol):
-    """A sampler's steps: ``timesteps``, what the network receives, and how its prediction moves the latents."""
+    """A sampler's steps: ``timesteps``, what the network receives, and how its prediction moves the latents.
+
+    ``noise`` is what is drawn beforehand, for every step that adds some.
+    """
 
     timesteps: list[float]
+    noise: list[Tensor | None]
 
     def received(self, moment: Moment) -> Tensor:
         """What the network is given."""
@@ -78,6 +96,7 @@ class OwnSteps:
 
     def __init__(self, stepper: Stepper, seed: int) -> None:
         self.timesteps, self.seed, self.arguments = stepper.timesteps, seed, stepper.arguments
+        self.noise: list[Tensor | None] = []
 
     def received(self, moment: Moment) -> Tensor:
         """The latents, scaled as the scheduler does."""

@@ -152,13 +152,15 @@ def calibrate(
     if recipe is not None and not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}; Recipe.named('w8a8') makes one")
     check_count("steps", steps), check_count("samples", samples), check_count("seed", seed, least=0)
+    check_count("batch", batch)
     shape_ = sample_shape(unet, shape)
     guidance = Guidance(guidance_scale, unconditional, conditioning)
     ready = prepared(scheduler, steps)
     step_arguments(ready, eta, seed, samples)  # a wrong eta is known before the work
     model = captured(unet, shape_, guidance)
     key = calibration_key(model.model_hash, scheduler, steps, samples, seed, eta, guidance)
-    checkpoint = Checkpoint.open(cache_dir, {**key, "shape": list(shape_)}) if cache_dir is not None else None
+    progress = {**key, "shape": list(shape_), "batch": batch}
+    checkpoint = None if cache_dir is None else Checkpoint.open(cache_dir, progress)
     sampler = InputSampler(model.graph, model.constants, len(ready.timesteps), seed)
     recorder = _Recorder(model, sampler, checkpoint, on_step)
     noise = initial_noise((samples, *shape_), seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..runtime.files import write_file
+from ..runtime.files import remove_folder, remove_leftovers, write_file
+from ..version import __version__
 
 
 def fingerprint(value: Any) -> str:
@@ -48,18 +49,20 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path, key: Mapping[str, Any]) -> Checkpoint:
-        """The checkpoint in ``folder``, with whatever steps an earlier run of the same ``key`` finished."""
-        folder = Path(folder)
-        text = json.dumps(key, sort_keys=True, indent=1)
+        """The checkpoint in ``folder``, with whatever steps an earlier run of the same ``key`` and engine finished."""
+        folder = Path(os.path.realpath(folder))
+        text = json.dumps({**key, "engine": __version__}, sort_keys=True, indent=1)
         key_file = folder / "key.json"
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"cache_dir {str(folder)!r} is a file; name a folder")
-        if folder.is_dir() and any(folder.iterdir()):
-            if not key_file.is_file():
+        if folder.is_dir():
+            remove_leftovers(key_file)
+            if any(folder.iterdir()) and not key_file.is_file():
                 raise FileExistsError(f"cache_dir {str(folder)!r} holds other files; name an empty folder")
-            if key_file.read_text() != text:
-                shutil.rmtree(folder)
+            if key_file.is_file() and key_file.read_text() != text:
+                remove_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         write_file(key_file, text.encode())
         return cls(folder)
 
@@ -111,4 +114,4 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Delete the folder: the work is done and lives elsewhere."""
-        shutil.rmtree(self.folder)
+        remove_folder(self.folder)

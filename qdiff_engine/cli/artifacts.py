@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import click
 
 from .learning import (
+    agreement,
+    agreement_summary,
     align_options,
     align_settings,
     align_summary,
@@ -99,6 +100,7 @@ def calibrate(
     weight_group: str,
     learn_iterations: int,
     learn_samples: int,
+    learn_batch: int,
     step_sizes: str,
     equalise: str,
     rows: str,
@@ -109,6 +111,7 @@ def calibrate(
     align: str,
     align_iterations: int | None,
     align_batch: int | None,
+    align_recompute: bool,
     align_pairs: str,
     eta: float | None,
     guidance: float | None,
@@ -120,17 +123,19 @@ def calibrate(
     """Calibrate MODEL, quantise it by a recipe and save the artifact; an interrupted run resumes."""
     start = time.monotonic()
     target, partial = artifact_paths(out)
+    from ..alignment.alignment import check_settings
     from ..models import load_model
     from ..recipe import Recipe, check_correct
+    from ..runtime.files import remove_folder
     from ..runtime.summary import layer_rows
 
     changes: dict[str, Any] = {"observer": observer, "rows": rows, "edges": edges, "equalise": equalise}
     changes |= {"weight_group": int(weight_group)}
-    changes |= {"learn_iterations": learn_iterations, "learn_samples": learn_samples}
+    changes |= {"learn_iterations": learn_iterations, "learn_samples": learn_samples, "learn_batch": learn_batch}
     changes |= {"step_sizes": step_sizes} | ({} if weights is None else {"weights": weights})
     recipe = Recipe.named(recipe_name, **changes)
     check_correct(correction)
-    alignment = align_settings(align, align_iterations, align_batch, align_pairs, seed)
+    alignment = align_settings(align, align_iterations, align_batch, align_recompute, align_pairs, seed)
     place = use_machine(device, threads)
     guided = guidance_arguments(conditioning, guidance)
     loaded = load_model(model)
@@ -139,6 +144,7 @@ def calibrate(
         raise ValueError(f"{model} takes the conditioning {', '.join(needed)}; give it in --conditioning FILE")
     scheduler = make_sampler(sampler, loaded.scheduler, model)
     noise = check_eta(eta, scheduler)
+    check_settings(alignment, scheduler, steps, samples, noise)
     if plan is not None:
         recipe = Recipe.from_dict({**recipe.to_dict(), "plan": read_plan(plan, scheduler, steps)})
     output.resume = f"the finished steps are in {partial}: run the same command to resume"
@@ -179,15 +185,17 @@ def calibrate(
             on_plan=choices.append,
             on_progress=lambda learnt: advance(learning_now(learnt), learnt.advanced),
             on_start=rounding_note(output, recipe),
-            cache_dir=partial / "weights",
+            cache_dir=partial,
             device=place,
         )
     quantized, learning = aligned(output, quantized, calibration, alignment, partial, place)
+    learns = learning is not None or learning_iterations(recipe, calibration) > 0
+    compared = agreement(output, quantized, calibration) if learns else None
     if correction != "none":
         settings = {**guided, "samples": correct_samples, "seed": seed + CORRECTION_SEED, "batch": batch}
         quantized = corrected(output, quantized, loaded.unet, scheduler, correction, partial, settings, calibration)
     quantized.save_pretrained(target)
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_folder(partial)
     layers = layer_rows(quantized)
     integers = sum(row["quantized"] for row in layers)
     data = {
@@ -197,6 +205,7 @@ def calibrate(
         "layers_float": len(layers) - integers,
         "plan": choices[0].to_dict() if choices else None,
         "align": learning,
+        "agreement": compared,
     }
     output.result(data, lambda console: console.print(_calibrated(data), soft_wrap=True))
 
@@ -257,6 +266,8 @@ def _calibrated(data: dict[str, Any]) -> str:
     )
     if data["align"] is not None:
         text += f"\n{align_summary(data['align'])}"
+    if data["agreement"] is not None:
+        text += f"\n{agreement_summary(data['agreement'])}"
     if plan is None:
         return text
     shares = ", ".join(f"{share:.0%} of the steps at {mode}" for mode, share in plan["shares"].items() if share)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +89,7 @@ def make_artifacts(output: Output, folder: Path, settings: Settings, unet: Any, 
     from ..quantization import layers as integer_layers
     from ..quantization import quantize
     from ..recipe import Recipe
-    from ..runtime.files import write_file
+    from ..runtime.files import remove_folder, write_file
 
     with output.progress(f"calibrating on {settings.samples} trajectories", settings.steps) as advance:
         calibration = calibrate(
@@ -111,7 +110,7 @@ def make_artifacts(output: Output, folder: Path, settings: Settings, unet: Any, 
             tables["range of the 8-bit integers"] = model.table  # the same statistics, hence the same for both
             model.save_pretrained(_artifact(folder, recipe))
     write_file(ranges, activation_ranges(calibration, tables, _SHOWN_SITES))
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_folder(partial)
 
 
 def is_finished(artifact: Path, recipe: str, settings: Settings, unet: Any, scheduler: Any) -> bool:

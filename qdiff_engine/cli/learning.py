@@ -10,9 +10,11 @@ import click
 from .options import Function, count_option
 from .output import Output, megabytes
 
+_ROUNDING = 1e-4  # of a layer's largest output: float32 sums in another order stay below
+
 
 def rounding_options(function: Function) -> Function:
-    """--weights, --weight-group, --learn-iterations, --learn-samples, --step-sizes."""
+    """--weights, --weight-group, --learn-iterations, --learn-samples, --learn-batch, --step-sizes."""
     for option in (
         click.option(
             "--step-sizes",
@@ -24,8 +26,9 @@ def rounding_options(function: Function) -> Function:
         count_option(
             "--learn-samples",
             256,
-            "Inputs that --weights gptq and adaround learn on, one of each step at least; fewer take less memory.",
+            "Inputs that --weights gptq and adaround learn on, from all steps; fewer take less memory.",
         ),
+        count_option("--learn-batch", 8, "Of these, how many an iteration of adaround takes; fewer take less memory."),
         count_option("--learn-iterations", 500, "Of each block, with --weights adaround; 0 learns nothing.", least=0),
         click.option(
             "--weight-group",
@@ -73,8 +76,13 @@ def learning_now(progress: Any) -> str:
 
 
 def align_options(function: Function) -> Function:
-    """--align, --align-iterations, --align-batch, --align-pairs."""
+    """--align, --align-iterations, --align-batch, --align-recompute, --align-pairs."""
     for option in (
+        click.option(
+            "--align-recompute",
+            is_flag=True,
+            help="Compute activations twice instead of keeping them: less memory, a third more time, the same bits.",
+        ),
         click.option(
             "--align-pairs",
             default="every",
@@ -101,7 +109,6 @@ def aligned(
     output: Output, model: Any, calibration: Any, settings: Any, partial: Path, device: Any
 ) -> tuple[Any, dict[str, Any] | None]:
     """(the model with learnt step sizes, what that did) for `qe.AlignmentSettings`; None of 0 iterations."""
-    from ..alignment.agreement import calibrated_agreement
     from ..alignment.alignment import align, end_errors
 
     if settings.iterations == 0:
@@ -112,7 +119,7 @@ def aligned(
         peak.append(memory.total)
         output.note(
             f"aligning takes about {megabytes(memory.total)} at its peak, {megabytes(memory.saved)} of it for the "
-            f"{settings.batch} samples of a call (--align-batch)"
+            f"{settings.batch} samples of a call (--align-batch, --align-recompute)"
         )
 
     with output.progress("aligning", settings.iterations) as advance:
@@ -123,7 +130,7 @@ def aligned(
             device=device,
             cache_dir=partial / "align",
             on_start=started,
-            on_iteration=lambda p: advance(f"aligning, loss {p.loss:.2e}"),
+            on_iteration=lambda p: advance(f"aligning, loss {p.loss:.2e}", p.advanced),
         )
     before, after = (end_errors(m, calibration, settings.group) for m in (model, new))
     found = {
@@ -131,34 +138,66 @@ def aligned(
         "memory_bytes": peak[0],
         "end_error_before": sum(before) / len(before),
         "end_error": sum(after) / len(after),
-        "layers": [layer.to_dict() for layer in calibrated_agreement(new, calibration)],
     }
     return new, found
 
 
 def align_summary(found: dict[str, Any]) -> str:
     """What alignment did, for people."""
-    worst = max(found["layers"], key=lambda layer: layer["error"])
-    flipped = max(layer["flipped"] for layer in found["layers"])
-    furthest = max(layer["furthest"] for layer in found["layers"])
     return (
         f"aligned over groups of {found['group']} steps: error at their ends {found['end_error_before']:.4f} -> "
-        f"{found['end_error']:.4f}, through the integers\n"
-        f"simulation and integers differ by at most {worst['error']:.1e} in a layer ({worst['name']}), and by "
-        f"{furthest} in {flipped:.2%} of a layer's input integers"
+        f"{found['end_error']:.4f}, through the integers"
     )
 
 
-def align_settings(align: str, iterations: int | None, batch: int | None, pairs: str, seed: int) -> Any:
-    """The settings of ``--align``, checked before any work; None is a setting's default."""
+def agreement(output: Output, model: Any, calibration: Any) -> list[dict[str, Any]]:
+    """How far the integers are from the simulation that something was learnt on, layer by layer."""
+    from ..alignment.agreement import calibrated_agreement
+
+    layers = [layer.to_dict() for layer in calibrated_agreement(model, calibration)]
+    wrong = [layer["name"] for layer in layers if layer["furthest"] > 1 or not layer["error"] < _ROUNDING]
+    if wrong:
+        output.note(
+            f"integers and simulation differ by more than rounding in {', '.join(wrong)}: what was learnt there is not "
+            "what runs; please report it, with the model"
+        )
+    return layers
+
+
+def agreement_summary(layers: list[dict[str, Any]]) -> str:
+    """The same for people, the least equal layer first."""
+    ordered = sorted(layers, key=lambda layer: layer["error"], reverse=True)
+    width = max(len(layer["name"]) for layer in layers)
+    rows = (
+        f"{layer['name']:<{width}}  {layer['error']:8.1e}  {layer['flipped']:9.4%}  {layer['furthest']:4d}"
+        for layer in ordered
+    )
+    head = f"{'layer':<{width}}  {'error':>8}  {'flipped':>9}  {'by':>4}"
+    return "\n".join(
+        [
+            "integers beside the simulation that was learnt on (output error; input integers that",
+            "differ, and by how much):",
+            head,
+            *rows,
+        ]
+    )
+
+
+def align_settings(
+    align: str, iterations: int | None, batch: int | None, recompute: bool, pairs: str, seed: int
+) -> Any:
+    """The settings of ``--align``; None is a setting's default."""
     from ..alignment.training import AlignmentSettings
     from ..calibration.selection import parse_selection
     from ..recipe import check_align
 
     parse_selection(pairs)
     group = check_align(align)
-    if group is None:
-        return AlignmentSettings(iterations=0)
-    given = {"iterations": iterations, "batch": batch}
+    given: dict[str, Any] = {"iterations": iterations, "batch": batch}
+    given |= {"recompute": recompute or None, "pairs": None if pairs == "every" else pairs}
     chosen = {name: value for name, value in given.items() if value is not None}
-    return AlignmentSettings(group=group, pairs=pairs, seed=seed, **chosen)
+    if group is None:
+        if chosen:
+            raise ValueError(f"--align-{next(iter(chosen))} says how --align learns; give --align accuquant:M, too")
+        return AlignmentSettings(iterations=0)
+    return AlignmentSettings(group=group, seed=seed, **chosen)

@@ -118,7 +118,7 @@ def correct(
             "method": method,
             "plan": list(model.table.modes),
         }
-        progress |= {"ner": dataclasses.asdict(tables.weights), "clamp": clamp, "noise": noise.key}
+        progress |= {"ner": dataclasses.asdict(tables.weights), "clamp": clamp, "noise": noise.key, "batch": batch}
         checkpoint = None if cache_dir is None else Checkpoint.open(cache_dir, progress)
         start = initial_noise((samples, *sample_shape(unet, shape)), check_count("seed", seed, least=0))
         steppers = [Stepper(scheduler, steps, eta, seed, samples) for _ in range(2)]

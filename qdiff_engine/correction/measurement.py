@@ -72,7 +72,7 @@ def measure_noise(
     shape_ = sample_shape(unet, shape)
     steps = int(model.key["steps"]) if steps is None else steps
     eta = float(model.key["eta"]) if eta is None else eta
-    check_count("samples", samples), check_count("seed", seed, least=0)
+    check_count("samples", samples), check_count("seed", seed, least=0), check_count("batch", batch)
     guidance = Guidance(guidance_scale, unconditional, conditioning)
     ready = prepared(scheduler, steps)
     step_arguments(ready, eta, seed, samples)
@@ -82,7 +82,8 @@ def measure_noise(
     alpha_bar = _alpha_bar(ready, model.table.timesteps)
     checkpoint = None
     if cache_dir is not None:
-        checkpoint = Checkpoint.open(cache_dir, {**key, **progress_key(model, contenders), "shape": list(shape_)})
+        progress = {**key, **progress_key(model, contenders), "shape": list(shape_), "batch": batch}
+        checkpoint = Checkpoint.open(cache_dir, progress)
     meter = _Meter(contenders, rows, model.table.output_scale.shape[1], guidance, batch, checkpoint, on_step)
     with evaluating(unet), model.correcting(False):
         denoise(

@@ -7,7 +7,7 @@ multiplies with. The integers themselves are run by the runtime's programs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,13 @@ from ..tables import Table
 from ..weights import QuantizedWeight
 from .factors import FACTORS, channel_axis, divided
 from .ir import Const, Graph, Node, Ref, map_leaves
-from .operators import FLOAT_OPS, INTEGER_OPS
+from .operators import FACTORY_OPS, FLOAT_OPS, INTEGER_OPS
 
 ActivationHook = Callable[[str, Tensor], Tensor]  # (site, x) -> what the layer sees
 InputHook = Callable[[Node, int, Tensor], None]  # (layer node, segment, the layer's input)
 WeightHook = Callable[[Node, int, Tensor], Tensor]  # (layer node, segment, float weight or None) -> weight
 ProductHook = Callable[[Node, int, Tensor], Tensor]  # (layer node, segment, W x without bias) -> what is added up
+Evaluation = Callable[[dict[str, Any]], dict[str, Any]]  # the values that some nodes read -> those that later ones read
 
 
 def flatten_conditioning(conditioning: Mapping[str, Any] | None) -> dict[str, Tensor]:
@@ -49,6 +50,8 @@ def run_float(
     observe: Callable[[Node, Tensor], None] | None = None,
     layer_input: InputHook | None = None,
     dtype: torch.dtype = torch.float32,
+    parts: Sequence[Sequence[Node]] | None = None,
+    run_part: Callable[[Evaluation, dict[str, Any]], dict[str, Any]] = lambda part, values: part(values),
 ) -> Tensor:
     """Output of the graph in floating-point arithmetic of ``dtype``.
 
@@ -62,30 +65,44 @@ def run_float(
         observe: called with every node and its value, as it is computed.
         layer_input: called with every layer and the input of each of its K segments.
         dtype: float32 or float64.
+        parts: consecutive pieces of the graph's nodes, each evaluated by ``run_part``, which may choose to do so twice.
     """
     interpreter = FloatInterpreter(constants, dtype)
     interpreter.activation = activation or interpreter.activation
     interpreter.weight = weight or interpreter.weight
     interpreter.product = product
     interpreter.layer_input = layer_input or interpreter.layer_input
+    interpreter.device = inputs["sample"].device
     values: dict[str, Any] = {}
     for name in graph.inputs:
         value = inputs[name]
         values[name] = value.to(dtype) if value.is_floating_point() and name != "timestep" else value
     values["sample"] = values["sample"].contiguous(memory_format=torch.channels_last)
-    last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.refs()}
-    for i, node in enumerate(graph.nodes):
-        value = values[node.name] = interpreter.evaluate(node, values)
-        if observe is not None:
-            observe(node, value)
-        for name in node.refs():
-            if last_use[name] == i and name != graph.output:
-                values.pop(name, None)
+    last_use = {name: node.name for node in graph.nodes for name in node.refs()}
+
+    def evaluate(nodes: Sequence[Node], read: dict[str, Any]) -> dict[str, Any]:
+        known = dict(read)
+        for node in nodes:
+            value = known[node.name] = interpreter.evaluate(node, known)
+            if observe is not None:
+                observe(node, value)
+            for name in node.refs():
+                if last_use[name] == node.name and name != graph.output:
+                    known.pop(name, None)
+        return known
+
+    if parts is None:
+        return evaluate(graph.nodes, values)[graph.output]
+    for nodes in parts:
+        values = run_part(functools.partial(evaluate, nodes), values)
     return values[graph.output]
 
 
 class FloatInterpreter:
-    """Evaluates one node at a time; the hooks are attributes, as `run_float` documents them."""
+    """Evaluates one node at a time; the hooks are attributes, as `run_float` documents them.
+
+    ``device`` is where tensors are that a node makes of numbers; all others are where the values are that it reads.
+    """
 
     def __init__(self, constants: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self.constants, self.dtype = constants, dtype
@@ -93,6 +110,7 @@ class FloatInterpreter:
         self.weight: WeightHook = lambda node, segment, weight: weight
         self.layer_input: InputHook = lambda node, segment, x: None
         self.product: ProductHook | None = None
+        self.device = torch.device("cpu")
 
     def constant(self, key: str) -> Tensor:
         value = self.constants[key]
@@ -113,7 +131,8 @@ class FloatInterpreter:
         resolve = self.leaf(values)
         args = map_leaves(node.args, resolve)
         if node.op not in INTEGER_OPS:
-            return FLOAT_OPS[node.op](*args, **map_leaves(node.kwargs, resolve))
+            made = {"device": self.device} if node.op in FACTORY_OPS else {}
+            return FLOAT_OPS[node.op](*args, **map_leaves(node.kwargs, resolve), **made)
         skip = ("weight",) if node.op in ("int_gemm", "int_conv2d") else ()
         kwargs = {k: v if k in skip else map_leaves(v, resolve) for k, v in node.kwargs.items()}
         return getattr(self, node.op)(node, args, kwargs)

@@ -39,6 +39,7 @@ class Branch:
     ) -> None:
         self.weights, self.device = {} if weights is None else weights, torch.device(device)
         self.constants, self.interpreter = constants, FloatInterpreter({}, torch.float32)
+        self.interpreter.device = self.device
         self.rows = []
         self.values: list[dict[str, Any]] = []
         for row, chunk in data.chunks():

@@ -20,11 +20,10 @@ from ..weights import QuantizedWeight
 from .adaround import SoftWeight, sharpness, undecided
 from .blocks import Block
 from .layers import segments
-from .placement import placed
+from .placement import mixed_precision, placed
 from .quantizers import RowQuantizer
 from .step_sizes import StepSizes
 
-BATCH = 8  # samples per iteration
 _RATE = 5e-2  # Adam's, of the choices; constant, for the choices are made at the end
 _SCALE_RATE, _SHIFT_RATE = 2e-3, 2e-2  # of log step sizes and of zero points; a cosine takes them to zero
 _DECISION = 1000.0  # weight of the regulariser, when the error that learning starts from counts 1
@@ -79,6 +78,7 @@ class BlockNetwork:
         self.original = {key: constants[key].to(self.device) for key in own}
         self.constants = dict(self.original)
         self.interpreter = FloatInterpreter(self.constants, torch.float32)
+        self.interpreter.device = self.device
         self.steps: StepSizes | None = None
 
     def evaluate(
@@ -107,6 +107,7 @@ def learn_rounding(
     data: BlockData,
     iterations: int,
     generator: torch.Generator,
+    batch: int = 8,
     drop: float = 0.5,
     on_iteration: OnIteration | None = None,
 ) -> dict[str, tuple[QuantizedWeight, ...]]:
@@ -118,6 +119,7 @@ def learn_rounding(
 
     Args:
         start: the integers that the choices begin at, which the first term is measured against.
+        batch: samples per iteration.
         drop: probability with which an element stays as it is in the float network: at the block's entries, and at
             its quantisers.
         on_iteration: called with the loss's first term, for progress.
@@ -132,8 +134,8 @@ def learn_rounding(
     count = sum(choice.numel() for choice in choices)
     unit = reference_error(network, start, means, data)
     optimizer = torch.optim.Adam([{"params": choices, "lr": _RATE}, *_step_parameters(network.steps)])
-    samples = batches(len(data.rows), generator)
-    with torch.enable_grad():
+    samples = batches(len(data.rows), batch, generator)
+    with torch.enable_grad(), mixed_precision():
         for iteration in range(iterations):
             picked = next(samples)
             upward = {layer: [w.upward() for w in weights] for layer, weights in soft.items()}
@@ -142,10 +144,9 @@ def learn_rounding(
             }
             shift_biases(network, parts, relaxed, means)
             entries = mixed(data, picked, drop, generator)
-            with mixed_precision(network.device):
-                output = network.evaluate(entries, data.rows[picked], relaxed, (drop, generator))
+            output = network.evaluate(entries, data.rows[picked], relaxed, (drop, generator))
             target = taken(data.target, picked, len(data.target) // len(data.rows)).to(network.device)
-            error = (output.float() - target).square().mean() / unit
+            error = (output - target).square().mean() / unit
             b = sharpness(iteration, iterations)
             loss = error
             if b is not None:
@@ -163,11 +164,6 @@ def learn_rounding(
             if on_iteration is not None:
                 on_iteration(float(error.detach()))
     return {layer: tuple(weight.rounded().to("cpu") for weight in weights) for layer, weights in soft.items()}
-
-
-def mixed_precision(device: torch.device) -> Any:
-    """Products in bfloat16 on a GPU; everything else, and what is learnt, is computed in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def _step_parameters(steps: StepSizes | None) -> list[dict[str, Any]]:
@@ -220,8 +216,8 @@ def mixed(data: BlockData, samples: Tensor, drop: float, generator: torch.Genera
     return quantized
 
 
-def batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless random batches; every sample comes once before any comes again."""
+def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless random batches of ``size`` samples; none comes again before the others that fill whole batches."""
     while True:
         order = torch.randperm(count, generator=generator)
-        yield from order.split(BATCH) if count <= BATCH else order[: count - count % BATCH].split(BATCH)
+        yield from order.split(size) if count <= size else order[: count - count % size].split(size)

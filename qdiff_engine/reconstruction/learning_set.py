@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,15 +41,16 @@ class LearningSet:
 
 
 def learning_set(calibration: Calibration, count: int) -> LearningSet:
-    """About ``count`` (x, t, conditioning), evenly from all steps; at least one of each, at most all there are.
+    """About ``count`` (x, t, conditioning), evenly from all steps; at most all there are.
 
     With guidance half of them have the unconditional branch's conditioning, and a sample that is drawn again has the
     other one: the network sees both.
     """
     path, guidance = calibration.trajectory, calibration.guidance
     steps, available = len(path.timesteps), len(path.samples[0])
+    chosen = range(steps) if count >= steps else [i * steps // count for i in range(count)]
     each = min(max(1, round(count / steps)), available)
-    pairs = sorted(_pairs(calibration, steps, available, each))
+    pairs = sorted(_pairs(calibration, chosen, available, each))
     given = _conditioning_of(guidance, pairs, available)
     latents = torch.stack([path.samples[pair.step][pair.sample] for pair in pairs])
     inputs = {"sample": latents, "timestep": _times(path, pairs)}
@@ -65,12 +66,12 @@ class _Pair(NamedTuple):
     unconditional: bool
 
 
-def _pairs(calibration: Calibration, steps: int, available: int, each: int) -> Iterator[_Pair]:
+def _pairs(calibration: Calibration, steps: Sequence[int], available: int, each: int) -> Iterator[_Pair]:
     """Consecutive steps draw consecutive samples, so that every run is heard."""
     row_of = {timestep: row for row, timestep in enumerate(calibration.timesteps)}
-    for drawn in range(steps * each):
+    for drawn in range(len(steps) * each):
         again, sample = divmod(drawn, available)
-        step = drawn // each
+        step = steps[drawn // each]
         yield _Pair(row_of[calibration.trajectory.timesteps[step]], step, sample, (sample + again) % 2 == 1)
 
 

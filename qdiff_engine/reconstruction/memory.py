@@ -13,7 +13,7 @@ from ..memory import SavedBytes
 from ..tables import Table
 from .blocks import Block
 from .layers import layers, segments
-from .learning import BATCH, BlockNetwork
+from .learning import BlockNetwork
 from .learning_set import LearningSet
 
 _FLOAT = 4  # bytes
@@ -40,7 +40,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """What is held at once: GPTQ is done when learning begins."""
+        """What is held at once: GPTQ is done when a block's entries are gathered and learning begins."""
         return self.waiting + max(self.hessian, self.entries + self.learning)
 
     @property
@@ -73,8 +73,9 @@ def estimated(
     table: Table,
     data: LearningSet,
     learns: bool,
+    batch: int = 8,
 ) -> Memory:
-    """The memory of reconstruction on ``data``; ``learns``: with AdaRound, else with GPTQ alone."""
+    """The memory of reconstruction on ``data``; ``learns``: with AdaRound on ``batch`` samples, else GPTQ alone."""
     branches, samples = 2 if learns else 1, len(data)
     waiting = branches * samples * waiting_bytes(graph)
     inputs = [part[0].numel() for node in layers(graph) if node.kwargs.get("groups", 1) == 1
@@ -87,7 +88,8 @@ def estimated(
     ]
     scalars = [node for node in graph.nodes if node.op.startswith("sym_")]
     dtypes = {name: value.dtype for name, value in data.inputs.items()}
-    learning = [_learning_bytes(block, scalars, shapes, dtypes, constants, table) for block in found]
+    most = min(batch, samples)
+    learning = [_learning_bytes(block, scalars, shapes, dtypes, constants, table, most) for block in found]
     hessian = _PER_HESSIAN * max(inputs, default=0) ** 2
     return Memory(waiting, max(entries, default=0), hessian, max(learning, default=0))
 
@@ -103,6 +105,7 @@ def _learning_bytes(
     dtypes: Mapping[str, torch.dtype],
     constants: Mapping[str, Tensor],
     table: Table,
+    batch: int,
 ) -> int:
     """What a block's weights and a batch's backward pass take: the latter from a call with one sample and with two."""
     network = BlockNetwork(block, scalars, constants, table)
@@ -119,7 +122,7 @@ def _learning_bytes(
         for n in (1, 2)
     )
     weights = sum(part.numel() for layer in parts.values() for part in layer)
-    return _PER_WEIGHT * weights + one + max(two - one, 0) * (BATCH - 1)
+    return _PER_WEIGHT * weights + one + max(two - one, 0) * (batch - 1)
 
 
 def _saved_bytes(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..calibration.calibration import Calibration
 from ..calibration.checkpoint import Checkpoint, fingerprint
+from ..graph.factors import factor_keys
 from ..graph.ir import Graph, Node
 from ..memory import memory_errors
 from ..rounding import gptq
@@ -72,12 +73,13 @@ class ReconstructionSettings:
         step_groups: with AdaRound, learn the activations' step sizes and zero points, too, one for so many
             neighbouring rows (0: for all); None leaves the table as it is.
         samples: of the learning set; fewer where their values would take more than 2 GiB between two nodes.
-        device: where the network is evaluated and the rounding learnt, products in bfloat16 on a GPU; what waits for a
-            later node is in the memory of the CPU.
+        batch: samples per iteration of AdaRound.
+        device: where the network is evaluated and the rounding learnt; what waits for a later node is in the memory of
+            the CPU.
         weight_group: how many inputs of a linear layer share a scale, where that divides K; 0: all.
 
     Raises:
-        ValueError: another method, less than one iteration of AdaRound, no samples.
+        ValueError: another method, less than one iteration of AdaRound, no samples, an empty batch.
     """
 
     method: str
@@ -85,6 +87,7 @@ class ReconstructionSettings:
     iterations: int = 0
     step_groups: int | None = None
     samples: int = 256
+    batch: int = 8
     device: str | torch.device = "cpu"
     weight_group: int = 0
 
@@ -95,6 +98,8 @@ class ReconstructionSettings:
             raise ValueError(f"iterations must be at least 1, got {self.iterations}; none is nearest rounding")
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, got {self.samples}")
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
 
     @property
     def learns(self) -> bool:
@@ -144,13 +149,17 @@ def reconstruct(
     checkpoint = None
     if cache_dir is not None:
         statistics = {"scale": table.scale, "zero_point": table.zero_point, "bits": table.bits, **data.inputs}
+        statistics |= {key: capture.constants[key] for key in sorted(factor_keys(graph))}
         key = {**calibration.key, "reconstruction": settings.to_dict(), "data": fingerprint(statistics)}
         checkpoint = Checkpoint.open(cache_dir, key)
     stage, blocks = _Stage(calibration, graph, constants, data, table, settings), find_blocks(graph)
-    mend = "lower learn_samples (--learn-samples), or use a device with more memory"
+    mend = (
+        "lower learn_samples (--learn-samples) for the memory of the CPU, learn_batch (--learn-batch) for that of the "
+        "device that learns, or use one with more"
+    )
     with memory_errors(f"round weights with {len(data)} samples", mend):
         if on_start is not None:
-            on_start(estimated(graph, constants, blocks, table, data, settings.learns))
+            on_start(estimated(graph, constants, blocks, table, data, settings.learns, settings.batch))
         _run(stage, blocks, checkpoint, on_layer, on_progress)
     return Reconstruction(stage.rounded, stage.table)
 
@@ -166,7 +175,8 @@ def _run(
     for index, block in enumerate(blocks):
         known = checkpoint.load(index) if checkpoint is not None and block.layers else None
         report = _reporter(index, len(blocks), stage.settings.iterations, on_progress)
-        if known is not None and on_progress is not None and (count := stage.settings.iterations):
+        count = stage.settings.iterations if stage.settings.learns else 0
+        if known is not None and on_progress is not None and count:
             on_progress(Progress(index, len(blocks), count, count, None, count))
         tensors = stage.finish(block, known, report)
         if checkpoint is not None and known is None and tensors:
@@ -284,9 +294,9 @@ class _Stage:
         scalars = [node for node in self.graph.nodes if node.op.startswith("sym_")]
         own = {node.name for node in scalars}
         entries = [name for name in block.entries if name not in own]
+        start, means = self._start(block)  # first, for GPTQ's matrices are as large as the entries
         quantized = {name: self._gathered(self.quantized, name) for name in entries}
         floating = {name: self._gathered(self.floating, name) for name in entries}
-        start, means = self._start(block)
         target: Any = None
         for node in block.nodes:
             self.floating.advance(node)
@@ -300,7 +310,8 @@ class _Stage:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.calibration.key['seed']} {block.exit}".encode()))
         if self.settings.step_groups is not None:
             network.steps = StepSizes(self.table, block.body, self.settings.step_groups)
-        weights = learn_rounding(network, start, means, data, self.settings.iterations, generator, on_iteration=report)
+        amount = (self.settings.iterations, generator, self.settings.batch)
+        weights = learn_rounding(network, start, means, data, *amount, on_iteration=report)
         return weights, {} if network.steps is None else network.steps.tensors()
 
     def _each(self, name: str) -> int:

@@ -91,6 +91,15 @@ def check_replaceable(target: Path, names: frozenset[str]) -> None:
         raise FileExistsError(f"{target} is neither empty nor an artifact ({detail}): choose another folder")
 
 
+def remove_folder(folder: str | os.PathLike[str]) -> None:
+    """Delete a folder and all in it: after a crash its name stands for the whole of it or for nothing."""
+    target = Path(os.path.realpath(folder))
+    remove_leftovers(target)
+    temporary = _temporary(target)
+    os.rename(target, temporary)
+    shutil.rmtree(temporary)
+
+
 def previous_of(folder: str | os.PathLike[str]) -> Path:
     """Where the old folder waits while a new one takes its place, on systems that cannot exchange the two."""
     target = Path(os.path.realpath(folder))
