@@ -102,7 +102,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
 
 def test_calibrate_then_inspect(run: Run, calibrated: tuple[Path, dict[str, Any]]) -> None:
     target, data = calibrated
-    assert set(data) == {"artifact", "seconds", "layers_quantized", "layers_float", "plan", "align"}
+    assert set(data) == {"artifact", "seconds", "layers_quantized", "layers_float", "plan", "align", "agreement"}
     assert data["artifact"] == str(target) and [p.name for p in target.parent.iterdir()] == ["art"]
     shown = loaded(run("inspect", target, "--json"))
     assert set(shown) == {"schema_version", "recipe", "size_bytes", "float_size_bytes", "rows", "plan", "layers"}
@@ -376,6 +376,13 @@ def test_alignment_of_no_iterations_is_the_plain_artifact(
         (["calibrate", "demo", "--align", "accuquant", "--out", "x"], ["align", "accuquant:M"]),
         (["calibrate", "demo", "--align-pairs", "some", "--out", "x"], ["pairs must", "density:N"]),
         (["calibrate", "demo", "--align-batch", "0", "--out", "x"], ["--align-batch"]),
+        (["calibrate", "demo", "--align-iterations", "5", "--out", "x"], ["--align-iterations", "--align accuquant:M"]),
+        (["calibrate", "demo", *TINY, "--align", "accuquant:7", "--out", "x"], ["group", "6 steps", "7"]),
+        (
+            ["calibrate", "demo", *TINY, "--align", "accuquant:2", "--align-pairs", "density:13", "--out", "x"],
+            ["pairs", "12", "13"],
+        ),
+        (["calibrate", "demo", "--learn-batch", "0", "--out", "x"], ["--learn-batch"]),
         (["calibrate", "demo", "--plan", "none.json", "--out", "x"], ["none.json", "no such file"]),
         (["calibrate", "demo", "--plan", "budget:0.4", "--out", "x"], ["budget:0.4", "0.5 to 2"]),
         (["calibrate", "demo", "--plan", "preset:mnist", "--out", "x"], ["mnist", "imagenet-250"]),

@@ -144,5 +144,7 @@ def test_selections_need_a_sampler_without_state() -> None:
         networks.network("plain"), EulerDiscreteScheduler(), shape=(3, 16, 16), steps=3, samples=2
     )
     model = quantize(networks.network("plain"), calibration, Recipe.named("w4a4"))
-    with pytest.raises(ValueError, match="pairs can be selected for DDIM and DDPM"):
+    with pytest.raises(
+        ValueError, match="can be selected for DDIM and DDPM, whose steps keep no state; use 'every' with Euler"
+    ):
         qe.align(model, calibration, AlignmentSettings(group=1, iterations=1, batch=2, pairs="uniform:2"))
