@@ -52,6 +52,7 @@ class Contestant:
     align: str = "none"
     step_sizes: str = "observed"
     pairs: str = "every"  # that alignment learns on
+    learn_pairs: str = "every"  # that rounding learns on
 
     def __str__(self) -> str:
         """The fields that are not the defaults, with the name of those that are numbers."""
@@ -60,7 +61,7 @@ class Contestant:
 
     def recipe(self) -> qe.Recipe:
         """Without alignment, which is a step of its own here, and without correction."""
-        changes = {name: getattr(self, name) for name in ("weight_group", "equalise", "step_sizes")}
+        changes = {name: getattr(self, name) for name in ("weight_group", "equalise", "step_sizes", "learn_pairs")}
         return qe.Recipe.named(self.precision, **changes, **({} if self.weights is None else {"weights": self.weights}))
 
     def before(self) -> Contestant | None:
@@ -237,6 +238,7 @@ class Setting:
                     "step_sizes": contestant.step_sizes,
                     "alignment": contestant.align,
                     "pairs": contestant.pairs,
+                    "learn_pairs": contestant.learn_pairs,
                     "seed": seed,
                     "latent_errors": [round(error, 5) for error in result.latent_error],
                     "class_accuracy": result.perception.class_accuracy,

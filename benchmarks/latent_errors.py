@@ -14,7 +14,9 @@ from typing import Any
 
 from benchmarks import results_file
 
-_LABEL = ("rounding", "weight_group", "plan", "equalise", "step_sizes", "alignment", "pairs", "correction")
+_LABEL = (
+    "rounding", "weight_group", "plan", "equalise", "step_sizes", "alignment", "pairs", "learn_pairs", "correction",
+)  # fmt: skip
 _PLAIN = {
     "weight_group": 0,
     "plan": "uniform",
@@ -22,6 +24,7 @@ _PLAIN = {
     "step_sizes": "observed",
     "alignment": "none",
     "pairs": "every",
+    "learn_pairs": "every",
     "correction": "none",
 }
 

@@ -172,6 +172,7 @@ def rounded_layers(
             iterations=recipe.learn_iterations,
             step_groups=groups,
             samples=recipe.learn_samples,
+            pairs=recipe.learn_pairs,
             batch=recipe.learn_batch,
             device=device,
             weight_group=recipe.weight_group,

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from .pair_requests import parse_selection
 from .plan_requests import MODE_BITS, PlanRequest, parse_plan
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -57,6 +58,8 @@ class Recipe:
         learn_iterations: of each block, with "adaround"; 0 learns nothing and leaves nearest rounding.
         learn_samples: how many inputs of the network "gptq" and "adaround" see, evenly from all rows, and no more than
             fit into 2 GiB between two layers. learn_batch: how many of them an iteration of "adaround" takes.
+        learn_pairs: which they are: "every" for evenly drawn ones; or N that are selected, whatever ``learn_samples``:
+            "uniform:N", "gaussian:N[:MEAN,DEVIATION]" or "density:N", see `calibration.selection`.
         step_sizes: of activations: "observed" (by the observer) or "learnt", with "adaround", in the same blocks as the
             rounding; quantisers of other bits than in a uniform plan of ``activation_bits`` keep what was observed.
         equalise: "on" divides the channels of activations by factors that the weights absorb, where a search finds that
@@ -81,6 +84,7 @@ class Recipe:
     learn_iterations: int = 500
     learn_samples: int = 256
     learn_batch: int = 8
+    learn_pairs: str = "every"
     step_sizes: str = "observed"
     observer: str = "mse"
     rows: str = "step"
@@ -116,6 +120,7 @@ class Recipe:
             raise ValueError(
                 "step_sizes 'learnt' needs activation_bits 4 or 8, got 16: floating activations have no steps"
             )
+        parse_selection(self.learn_pairs, "learn_pairs")
         self.row_group()
         check_correct(self.correct)
         check_align(self.align)

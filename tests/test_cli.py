@@ -383,6 +383,8 @@ def test_alignment_of_no_iterations_is_the_plain_artifact(
             ["pairs", "12", "13"],
         ),
         (["calibrate", "demo", "--learn-batch", "0", "--out", "x"], ["--learn-batch"]),
+        (["calibrate", "demo", "--learn-pairs", "some", "--out", "x"], ["learn_pairs must", "density:N"]),
+        (["calibrate", "demo", *TINY, "--learn-pairs", "density:13", "--out", "x"], ["--learn-pairs", "12 pairs"]),
         (["calibrate", "demo", "--plan", "none.json", "--out", "x"], ["none.json", "no such file"]),
         (["calibrate", "demo", "--plan", "budget:0.4", "--out", "x"], ["budget:0.4", "0.5 to 2"]),
         (["calibrate", "demo", "--plan", "preset:mnist", "--out", "x"], ["mnist", "imagenet-250"]),

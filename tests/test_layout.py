@@ -22,7 +22,7 @@ ENGINE, KERNELS = ROOT / "qdiff_engine", ROOT / "kernels" / "qdiff_kernels"
 
 # lowest first; a module belongs to the layer of its file or folder directly below the package
 LAYERS = (
-    {"version", "numerics", "tables", "weights", "recipe", "plan_requests"},
+    {"version", "numerics", "tables", "weights", "recipe", "plan_requests", "pair_requests"},
     {"reference", "_C"},
     {"ops"},
     {"graph", "samplers", "sampling", "rounding"},

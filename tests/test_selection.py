@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 
 import networks
 import pytest
@@ -13,15 +14,11 @@ import qdiff_engine as qe
 from qdiff_engine.alignment.alignment import float_path
 from qdiff_engine.alignment.training import AlignmentSettings, batches
 from qdiff_engine.calibration.calibration import Calibration, Trajectory
-from qdiff_engine.calibration.selection import (
-    Selection,
-    pair_features,
-    parse_selection,
-    representatives,
-    selected_pairs,
-)
+from qdiff_engine.calibration.selection import pair_features, representatives, selected_pairs
+from qdiff_engine.pair_requests import Selection, parse_selection
 from qdiff_engine.quantization import quantize
 from qdiff_engine.recipe import Recipe
+from qdiff_engine.reconstruction.learning_set import learning_set
 from qdiff_engine.sampling import Guidance
 
 
@@ -135,6 +132,41 @@ def test_alignment_learns_on_the_selected_pairs() -> None:
     moved = (learnt.table.scale != model.table.scale).any(1)
     ((step, _),) = selected_pairs(calibration, Selection("uniform", 1))
     assert moved.nonzero().flatten().tolist() == [step]
+
+
+@pytest.mark.parametrize("kind", ["uniform", "gaussian", "density"])
+def test_rounding_learns_on_the_selected_pairs(kind: str) -> None:
+    """True pairs of the trajectory, in order of their rows; the branches of guidance take turns."""
+    calibration = networks.calibration("class")
+    guided = Guidance(3.0, {"class_labels": torch.tensor([9])}, calibration.guidance.conditioning)
+    calibration = dataclasses.replace(calibration, guidance=guided)
+    expected, path = selected_pairs(calibration, Selection(kind, 11), calibration.key["seed"]), calibration.trajectory
+    data = learning_set(calibration, 11, f"{kind}:99")
+    assert data.rows.tolist() == [step for step, _ in expected]
+    heard: dict[int, list[int]] = {}
+    for i, (step, sample) in enumerate(expected):
+        assert torch.equal(data.inputs["sample"][i], path.samples[step][sample])
+        assert float(data.inputs["timestep"][i]) == path.timesteps[step]
+        heard.setdefault(sample, []).append(int(data.inputs["class_labels"][i]))
+    for sample, labels in heard.items():
+        turns = [(3, 7)[sample % 2], 9] if sample % 2 == 0 else [9, (3, 7)[sample % 2]]
+        assert labels == [turns[i % 2] for i in range(len(labels))]
+
+
+def test_other_pairs_round_other_weights() -> None:
+    recipes = (Recipe.named("w4a8", learn_pairs=pairs) for pairs in ("every", "density:6", "density:6"))
+    first, second, third = (quantize(networks.network("plain"), networks.calibration("plain"), r) for r in recipes)
+
+    def integers(model: qe.IntegerUNet) -> torch.Tensor:
+        return torch.cat([w.values.flatten() for parts in model.weights.values() for w in parts])
+
+    assert torch.equal(integers(second), integers(third)) and not torch.equal(integers(first), integers(second))
+    with pytest.raises(ValueError, match="learn_pairs must be 'every', 'uniform:N'"):
+        Recipe(learn_pairs="all")
+    with pytest.raises(ValueError, match="at most the calibration's 16, got 17"):
+        quantize(
+            networks.network("plain"), networks.calibration("plain"), Recipe.named("w4a8", learn_pairs="uniform:17")
+        )
 
 
 def test_selections_need_a_sampler_without_state() -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..calibration.calibration import Calibration
 from ..calibration.checkpoint import Checkpoint, fingerprint
-from ..calibration.selection import parse_selection, selected_pairs
+from ..calibration.selection import selected_pairs
 from ..memory import memory_errors
 from ..models import usable_device
+from ..pair_requests import parse_selection
 from ..recipe import Recipe, check_align
 from ..runtime.model import IntegerUNet
 from ..samplers import check_count, coefficients, prepared

@@ -9,52 +9,15 @@ samples that are typical and diverse.
 from __future__ import annotations
 
 import math
-import re
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..pair_requests import Selection
 from .calibration import Calibration
 
-_FORM = re.compile(r"(every)|(uniform|gaussian|density):([1-9][0-9]{0,8})(?::([0-9.]+),([0-9.]+))?")
-_GAUSSIAN = (0.4, 0.4)  # of the schedule, as PTQ4DM has it
 _GRID, _ROUNDS = 8, 20
-
-
-@dataclass(frozen=True)
-class Selection:
-    """``count`` pairs by ``kind``; mean and deviation are those of "gaussian", as fractions of the schedule."""
-
-    kind: str
-    count: int = 0
-    mean: float = _GAUSSIAN[0]
-    deviation: float = _GAUSSIAN[1]
-
-
-def parse_selection(text: str) -> Selection:
-    """ "every", "uniform:N", "gaussian:N", "gaussian:N:MEAN,DEVIATION" or "density:N".
-
-    Raises:
-        ValueError: none of these forms.
-    """
-    found = _FORM.fullmatch(text) if isinstance(text, str) else None
-    bounds = None if found is None or found[4] is None else (found[4], found[5])
-    if found is None or (bounds is not None and found[2] != "gaussian"):
-        raise ValueError(
-            "pairs must be 'every', 'uniform:N', 'gaussian:N', 'gaussian:N:MEAN,DEVIATION' or 'density:N', "
-            f"got {text!r:.50}"
-        )
-    if found[1] is not None:
-        return Selection("every")
-    try:
-        mean, deviation = map(float, bounds or _GAUSSIAN)
-    except ValueError:
-        raise ValueError(f"pairs must give numbers as MEAN,DEVIATION, got {text!r:.50}") from None
-    if not (mean <= 1 and 0 < deviation <= 10):
-        raise ValueError(f"pairs must have MEAN in [0, 1] and DEVIATION in (0, 10], got {text!r:.50}")
-    return Selection(found[2], int(found[3]), mean, deviation)
 
 
 def selected_pairs(calibration: Calibration, selection: Selection, seed: int = 0) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ from .learning import (
     align_settings,
     align_summary,
     aligned,
+    check_pairs,
     learning_iterations,
     learning_now,
     rounding_note,
@@ -100,6 +101,7 @@ def calibrate(
     weight_group: str,
     learn_iterations: int,
     learn_samples: int,
+    learn_pairs: str,
     learn_batch: int,
     step_sizes: str,
     equalise: str,
@@ -131,7 +133,8 @@ def calibrate(
 
     changes: dict[str, Any] = {"observer": observer, "rows": rows, "edges": edges, "equalise": equalise}
     changes |= {"weight_group": int(weight_group)}
-    changes |= {"learn_iterations": learn_iterations, "learn_samples": learn_samples, "learn_batch": learn_batch}
+    changes |= {"learn_iterations": learn_iterations, "learn_samples": learn_samples}
+    changes |= {"learn_pairs": learn_pairs, "learn_batch": learn_batch}
     changes |= {"step_sizes": step_sizes} | ({} if weights is None else {"weights": weights})
     recipe = Recipe.named(recipe_name, **changes)
     check_correct(correction)
@@ -145,6 +148,7 @@ def calibrate(
     scheduler = make_sampler(sampler, loaded.scheduler, model)
     noise = check_eta(eta, scheduler)
     check_settings(alignment, scheduler, steps, samples, noise)
+    check_pairs(recipe, scheduler, steps, samples)
     if plan is not None:
         recipe = Recipe.from_dict({**recipe.to_dict(), "plan": read_plan(plan, scheduler, steps)})
     output.resume = f"the finished steps are in {partial}: run the same command to resume"

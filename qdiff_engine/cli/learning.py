@@ -14,7 +14,7 @@ _ROUNDING = 1e-4  # of a layer's largest output: float32 sums in another order s
 
 
 def rounding_options(function: Function) -> Function:
-    """--weights, --weight-group, --learn-iterations, --learn-samples, --learn-batch, --step-sizes."""
+    """--weights, --weight-group, --learn-iterations, --learn-samples, --learn-pairs, --learn-batch, --step-sizes."""
     for option in (
         click.option(
             "--step-sizes",
@@ -27,6 +27,13 @@ def rounding_options(function: Function) -> Function:
             "--learn-samples",
             256,
             "Inputs that --weights gptq and adaround learn on, from all steps; fewer take less memory.",
+        ),
+        click.option(
+            "--learn-pairs",
+            default="every",
+            show_default=True,
+            help="Which inputs these are: every, drawn evenly; or N of them: uniform:N, gaussian:N[:MEAN,DEVIATION], "
+            "density:N, see --align-pairs.",
         ),
         count_option("--learn-batch", 8, "Of these, how many an iteration of adaround takes; fewer take less memory."),
         count_option("--learn-iterations", 500, "Of each block, with --weights adaround; 0 learns nothing.", least=0),
@@ -45,6 +52,16 @@ def rounding_options(function: Function) -> Function:
     ):
         function = option(function)
     return function
+
+
+def check_pairs(recipe: Any, scheduler: Any, steps: int, samples: int) -> None:
+    """Refuse to learn on more pairs than a calibration will have, before it is made."""
+    from ..pair_requests import parse_selection
+    from ..samplers import prepared
+
+    asked, there = parse_selection(recipe.learn_pairs).count, len(prepared(scheduler, steps).timesteps) * samples
+    if asked > there:
+        raise ValueError(f"--learn-pairs {recipe.learn_pairs}: the calibration has {there} pairs; name fewer")
 
 
 def rounding_note(output: Output, recipe: Any) -> Any:
@@ -188,7 +205,7 @@ def align_settings(
 ) -> Any:
     """The settings of ``--align``; None is a setting's default."""
     from ..alignment.training import AlignmentSettings
-    from ..calibration.selection import parse_selection
+    from ..pair_requests import parse_selection
     from ..recipe import check_align
 
     parse_selection(pairs)

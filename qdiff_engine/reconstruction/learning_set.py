@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ..calibration.calibration import Calibration, Trajectory
+from ..calibration.selection import selected_pairs
 from ..graph.interpret import flatten_conditioning
+from ..pair_requests import parse_selection
 from ..sampling import Conditioning, Guidance, conditioning_for
 
 _CHUNK = 16  # samples that the network evaluates at once
@@ -40,21 +44,28 @@ class LearningSet:
             start += int(count)
 
 
-def learning_set(calibration: Calibration, count: int) -> LearningSet:
-    """About ``count`` (x, t, conditioning), evenly from all steps; at most all there are.
+def learning_set(calibration: Calibration, count: int, pairs: str = "every") -> LearningSet:
+    """About ``count`` (x, t, conditioning), evenly from all steps and at most all there are; or as many as selected.
 
     With guidance half of them have the unconditional branch's conditioning, and a sample that is drawn again has the
-    other one: the network sees both.
+    other one, as far as that is possible: the network sees both.
+
+    Args:
+        pairs: "every", or a selection by `calibration.selection`, of which ``count`` takes the place of the number.
     """
-    path, guidance = calibration.trajectory, calibration.guidance
-    steps, available = len(path.timesteps), len(path.samples[0])
-    chosen = range(steps) if count >= steps else [i * steps // count for i in range(count)]
-    each = min(max(1, round(count / steps)), available)
-    pairs = sorted(_pairs(calibration, chosen, available, each))
-    given = _conditioning_of(guidance, pairs, available)
-    latents = torch.stack([path.samples[pair.step][pair.sample] for pair in pairs])
-    inputs = {"sample": latents, "timestep": _times(path, pairs)}
-    return LearningSet({**inputs, **given}, torch.tensor([pair.row for pair in pairs]))
+    path, selection = calibration.trajectory, parse_selection(pairs)
+    available = len(path.samples[0])
+    if selection.kind == "every":
+        drawn = _evenly(len(path.timesteps), available, count)
+    else:
+        asked = dataclasses.replace(selection, count=count)
+        drawn = selected_pairs(calibration, asked, int(calibration.key["seed"]))
+    found = sorted(_branched(calibration, drawn))
+    latents = torch.stack([path.samples[pair.step][pair.sample] for pair in found])
+    given = _conditioning_of(calibration.guidance, found, available)
+    return LearningSet(
+        {"sample": latents, "timestep": _times(path, found), **given}, torch.tensor([pair.row for pair in found])
+    )
 
 
 class _Pair(NamedTuple):
@@ -66,13 +77,20 @@ class _Pair(NamedTuple):
     unconditional: bool
 
 
-def _pairs(calibration: Calibration, steps: Sequence[int], available: int, each: int) -> Iterator[_Pair]:
-    """Consecutive steps draw consecutive samples, so that every run is heard."""
+def _evenly(steps: int, available: int, count: int) -> list[tuple[int, int]]:
+    """(step, sample) of about ``count`` pairs; consecutive steps draw consecutive samples, and every run is heard."""
+    chosen = range(steps) if count >= steps else [i * steps // count for i in range(count)]
+    each = min(max(1, round(count / steps)), available)
+    return [(chosen[i // each], i % available) for i in range(len(chosen) * each)]
+
+
+def _branched(calibration: Calibration, drawn: Sequence[tuple[int, int]]) -> Iterator[_Pair]:
+    """Every pair with its row; a sample's draws take turns between the branches, every other one's begin with none."""
     row_of = {timestep: row for row, timestep in enumerate(calibration.timesteps)}
-    for drawn in range(len(steps) * each):
-        again, sample = divmod(drawn, available)
-        step = steps[drawn // each]
-        yield _Pair(row_of[calibration.trajectory.timesteps[step]], step, sample, (sample + again) % 2 == 1)
+    again: Counter[int] = Counter()
+    for step, sample in drawn:
+        yield _Pair(row_of[calibration.trajectory.timesteps[step]], step, sample, (sample + again[sample]) % 2 == 1)
+        again[sample] += 1
 
 
 def _times(path: Trajectory, pairs: list[_Pair]) -> Tensor:

@@ -17,6 +17,7 @@ from ..calibration.checkpoint import Checkpoint, fingerprint
 from ..graph.factors import factor_keys
 from ..graph.ir import Graph, Node
 from ..memory import memory_errors
+from ..pair_requests import parse_selection
 from ..rounding import gptq
 from ..tables import Table
 from ..weights import QuantizedWeight
@@ -73,6 +74,7 @@ class ReconstructionSettings:
         step_groups: with AdaRound, learn the activations' step sizes and zero points, too, one for so many
             neighbouring rows (0: for all); None leaves the table as it is.
         samples: of the learning set; fewer where their values would take more than 2 GiB between two nodes.
+        pairs: which they are, see `learning_set`; a selection names their number itself.
         batch: samples per iteration of AdaRound.
         device: where the network is evaluated and the rounding learnt; what waits for a later node is in the memory of
             the CPU.
@@ -87,6 +89,7 @@ class ReconstructionSettings:
     iterations: int = 0
     step_groups: int | None = None
     samples: int = 256
+    pairs: str = "every"
     batch: int = 8
     device: str | torch.device = "cpu"
     weight_group: int = 0
@@ -145,7 +148,9 @@ def reconstruct(
     graph, constants = with_own_biases(
         capture.graph, capture.constants, {layer: torch.zeros(size) for layer, size in sizes.items()}
     )
-    data = learning_set(calibration, min(settings.samples, max(1, _MEMORY // (2 * max(waiting_bytes(graph), 1)))))
+    asked = parse_selection(settings.pairs).count or settings.samples
+    most = max(1, _MEMORY // (2 * max(waiting_bytes(graph), 1)))
+    data = learning_set(calibration, min(asked, most), settings.pairs)
     checkpoint = None
     if cache_dir is not None:
         statistics = {"scale": table.scale, "zero_point": table.zero_point, "bits": table.bits, **data.inputs}
