@@ -366,7 +366,7 @@ def test_the_command_line_corrects(tmp_path: Path, capsys: pytest.CaptureFixture
     tiny = ("--steps", 3, "--samples", 2, "--observer", "minmax", "--correct", "ner+ibc", "--correct-samples", 2)
     assert run("calibrate", "demo", "--recipe", "w4a8", *tiny, "--out", art, "--json") == 0
     data = json.loads(capsys.readouterr().out)
-    assert set(data) == {"artifact", "seconds", "layers_quantized", "layers_float", "plan", "align"}
+    assert set(data) == {"artifact", "seconds", "layers_quantized", "layers_float", "plan", "align", "agreement"}
     assert not (tmp_path / "art.partial").exists()
     model = qe.load(art)
     assert model.recipe.correct == "ner+ibc" and isinstance(model.correction, Correction)
