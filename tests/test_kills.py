@@ -12,15 +12,15 @@ import networks
 
 KILLS = 10
 FILES = ("config.json", "graph.json", "model.safetensors")
-EVERY_STAGE = (
-    "--recipe w4a4 --steps 3 --samples 2 --observer minmax --equalise on --weights adaround --learn-iterations 2 "
-    "--learn-samples 3 --step-sizes learnt --align accuquant:2 --align-iterations 26 --align-batch 1 "
-    "--correct mmse+ibc+ivc --correct-samples 2 --threads 1"
+STAGES = (
+    "--recipe w4a4 --steps 3 --samples 2 --observer minmax --weights adaround --learn-iterations 2 --learn-samples 3 "
+    "--step-sizes learnt --align accuquant:2 --align-iterations 60 --align-batch 1 --correct mmse+ibc+ivc "
+    "--correct-samples 16 --threads 1"
 )
 
 # one process imports everything and forks, so that a kill falls into the work, not into the imports
 _CHILDREN = """
-import json, os, random, signal, sys, time
+import json, os, random, shutil, signal, sys, time
 import diffusers, torch, qdiff_engine
 from qdiff_engine.cli import main
 from qdiff_engine.models import load_model
@@ -44,30 +44,34 @@ def calibrate(name, seconds=None):
 status, took = calibrate("whole")
 assert status == 0
 moments, found = random.Random(1), []
-for i in range(kills):
-    killed, _ = calibrate(str(i), moments.uniform(0.02, 0.98) * took)
-    partial = os.path.join(folder, f"{i}.partial")
+while len(found) < kills:
+    name = str(len(found))
+    killed, _ = calibrate(name, (len(found) + moments.random()) / kills * took)  # one in every tenth of a run
+    if killed != -signal.SIGKILL:  # done before its moment: not a kill
+        shutil.rmtree(os.path.join(folder, name))
+        continue
+    partial = os.path.join(folder, f"{name}.partial")
     stages = sorted(os.listdir(partial)) if os.path.isdir(partial) else []
-    found.append([killed, stages, calibrate(str(i))[0]])
+    found.append([stages, calibrate(name)[0]])
 print(json.dumps(found))
 """
 
 
 def test_a_calibration_killed_at_any_moment_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    """Ten kills anywhere from the first step to the last correction, each followed by the same command."""
+    """A kill in every tenth of a run, each followed by the same command; most fall into rounding and alignment.
+
+    The corrections are a run's last moments, which kills may miss; test_noise.py interrupts them.
+    """
     networks.unet2d().save_pretrained(tmp_path / "model" / "unet")
     networks.ddim().save_pretrained(tmp_path / "model" / "scheduler")
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _CHILDREN, str(tmp_path / "model"), str(tmp_path), str(KILLS), EVERY_STAGE]
+    command = [sys.executable, "-c", _CHILDREN, str(tmp_path / "model"), str(tmp_path), str(KILLS), STAGES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    killed = [status for status, _, _ in found]
-    assert killed.count(-9) >= KILLS - 2, "one may be done before its moment on a machine that was busy"
-    assert [resumed for _, _, resumed in found] == [0] * KILLS
-    stages = {name for _, partial, _ in found for name in partial}
-    assert {"weights", "key.json"} <= stages, "kills fell into more than one stage"
+    assert [resumed for _, resumed in found] == [0] * KILLS
+    assert {"weights", "align"} <= {name for stages, _ in found for name in stages}, "kills fell into those stages, too"
     for i in range(KILLS):
         assert not (tmp_path / f"{i}.partial").exists()
         for name in FILES:

@@ -155,7 +155,9 @@ def check_settings(settings: Any, scheduler: Any, steps: int, samples: int, eta:
     check_count("batch", settings.batch)
     ready = prepared(scheduler, steps)
     length = len(ready.timesteps)
-    if check_count("group", settings.group) > length and settings.iterations > 0:
+    if (
+        check_count("group", settings.group) > length and settings.iterations > 0
+    ):  # without iterations there is no group
         raise ValueError(f"group must be at most the sampler's {length} steps, got {settings.group}")
     for name in ("scale_rate", "zero_point_rate", "weight_rate"):
         value = getattr(settings, name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import numerics
-from ..graph.interpret import ActivationHook, Evaluation, fake_quantize, flatten_conditioning, per_channel, run_float
+from ..graph.interpret import ActivationHook, RunPart, fake_quantize, flatten_conditioning, per_channel, run_float
 from ..graph.ir import Node
 from ..reconstruction.blocks import find_blocks
 from ..runtime.model import IntegerUNet
@@ -24,8 +24,6 @@ from ..weights import QuantizedWeight
 
 _LIMIT = 3.0  # of |log| of a scale's change: 20 times
 _SHARED = 0  # the group of what the prompt alone feeds, which all rows share
-
-RunPart = Callable[[Evaluation, dict[str, Any]], dict[str, Any]]
 
 
 class Learnt:

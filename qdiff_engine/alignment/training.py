@@ -36,8 +36,8 @@ class AlignmentSettings:
         pairs: which (x_t, t) of the calibration it learns on, see `calibration.selection`; "every" by default. A group
             learns from the samples that are selected at any of its steps, and not at all where there are none.
         seed: of the order of groups and batches, and of the selection.
-        recompute: compute a call's activations again in its backward pass instead of keeping them: in about a third
-            more time, to the same bits.
+        recompute: compute a call's activations again in its backward pass instead of keeping them: less memory, more
+            time, the same bits.
     """
 
     group: int = 5

@@ -98,7 +98,7 @@ def align_options(function: Function) -> Function:
         click.option(
             "--align-recompute",
             is_flag=True,
-            help="Compute activations twice instead of keeping them: less memory, a third more time, the same bits.",
+            help="Compute activations twice instead of keeping them: less memory, more time, the same bits.",
         ),
         click.option(
             "--align-pairs",

@@ -26,6 +26,7 @@ InputHook = Callable[[Node, int, Tensor], None]  # (layer node, segment, the lay
 WeightHook = Callable[[Node, int, Tensor], Tensor]  # (layer node, segment, float weight or None) -> weight
 ProductHook = Callable[[Node, int, Tensor], Tensor]  # (layer node, segment, W x without bias) -> what is added up
 Evaluation = Callable[[dict[str, Any]], dict[str, Any]]  # the values that some nodes read -> those that later ones read
+RunPart = Callable[[Evaluation, dict[str, Any]], dict[str, Any]]
 
 
 def flatten_conditioning(conditioning: Mapping[str, Any] | None) -> dict[str, Tensor]:
@@ -51,7 +52,7 @@ def run_float(
     layer_input: InputHook | None = None,
     dtype: torch.dtype = torch.float32,
     parts: Sequence[Sequence[Node]] | None = None,
-    run_part: Callable[[Evaluation, dict[str, Any]], dict[str, Any]] = lambda part, values: part(values),
+    run_part: RunPart = lambda part, values: part(values),
 ) -> Tensor:
     """Output of the graph in floating-point arithmetic of ``dtype``.
 
