@@ -85,6 +85,15 @@ class Table:
         """Index of the calibrated row nearest to ``timestep``; halfway goes to the smaller timestep."""
         return len(self.timesteps) - 1 - bisect.bisect_left(self._midpoints, timestep)
 
+    def corrects(self, rows: int | slice = slice(None)) -> bool:
+        """Whether the prediction of any of ``rows`` is changed: a is not 1, or b is not 0."""
+        return bool((self.output_scale[rows] != 1).any()) or bool((self.output_shift[rows] != 0).any())
+
+    def uncorrected(self) -> Table:
+        """The table with every prediction left as it is: a = 1, b = 0."""
+        ones, zeros = torch.ones_like(self.output_scale), torch.zeros_like(self.output_shift)
+        return dataclasses.replace(self, output_scale=ones, output_shift=zeros)
+
 
 def row_groups(modes: tuple[str, ...], rows: int) -> list[int]:
     """Group of every row, from 1: neighbours by ``rows`` (0 means all) that run in the same mode share a range."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy
@@ -29,6 +30,32 @@ def seeds() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Every torch.empty comes filled with NaN or the largest integer, so that an output never written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=["triton", "onednn", "native", "torch"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """A backend that multiplies integers."""
+    from comparing import present
+
+    return present(request.param)
+
+
+@pytest.fixture(params=["triton", "native", "torch"])
+def quantizer(request: pytest.FixtureRequest) -> str:
+    """A backend that quantises."""
+    from comparing import present
+
+    return present(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -135,9 +135,6 @@ def test_a_mixed_plan_corrects_each_row_by_its_mode() -> None:
     assert mixed.correction.key["modes"] == list(modes)
 
 
-# ---- keys
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -197,9 +194,6 @@ def test_a_fitting_key_says_nothing() -> None:
 def identity(table: Any) -> Any:
     ones, zeros = torch.ones_like(table.output_scale), torch.zeros_like(table.output_shift)
     return dataclasses.replace(table, output_scale=ones, output_shift=zeros)
-
-
-# ---- diffusers
 
 
 def pipeline_images(pipe: Any, **keywords: Any) -> Tensor:
@@ -352,9 +346,6 @@ def test_with_table_leaves_the_first_model_alone() -> None:
     assert model.corrects and torch.equal(other(x, 250, **given).sample, before)
     with pytest.raises(ValueError, match="sites of this model's table"):
         model.with_table(networks.integer_model("sd").table)
-
-
-# ---- command line
 
 
 def run(*arguments: Any) -> int:

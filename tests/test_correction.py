@@ -173,9 +173,6 @@ def test_normality_of_the_residual() -> None:
         assert float(found.p_value) < 1e-6
 
 
-# ---- noise estimation reconstruction
-
-
 def ner_loss(gain: float, e: Tensor, quantized: Tensor, lambda1: float, lambda2: float, tau: float, n: int | None):
     """The loss as written, element by element, for one channel [n, H, W]."""
     kept = e.abs() > tau * e.abs().mean((1, 2), keepdim=True)
@@ -224,9 +221,6 @@ def test_ner_has_no_unit() -> None:
     e, quantized = planted(0.1, noise=0.5)
     one, other = (ner(KeptSums.of(scale * e, scale * quantized)) for scale in (1.0, 1e-3))
     assert torch.allclose(one, other, rtol=1e-9)
-
-
-# ---- input bias and variance
 
 
 def test_input_bias_removes_a_planted_drift() -> None:
@@ -296,9 +290,6 @@ def test_sigma_is_never_negative_and_zero_stays_zero() -> None:
     sigma, ce, noise = (torch.tensor(v, dtype=torch.float64) for v in ([0.0, 0.1, 0.1], [-1.0, -2.0, 0.5], [1.0, 1, 0]))
     assert torch.equal(sigma_scale(sigma, ce, noise), torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64))
     assert calibrated_sigma(sigma, ce, noise).tolist() == [0.0, 0.0, 0.1]
-
-
-# ---- degenerate and wrong input
 
 
 def test_one_sample_of_one_pixel() -> None:

@@ -78,9 +78,6 @@ def test_wrong_arguments(backend: str, changes: dict[str, Any], error: type[Exce
         ops.denoise_step(backend=backend, **arguments)
 
 
-# ---- the sampler's coefficients
-
-
 def unfused(
     kind: str, scheduler: Any, index: int, eta: float, x: Tensor, e: Tensor, z: Tensor, a: Tensor, b: Tensor,
     bias: Tensor, scale: float, gain: float,

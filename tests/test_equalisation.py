@@ -119,9 +119,6 @@ def test_quantisers_with_factors_are_not_joined_to_other_kernels(lower: Any) -> 
     assert factored - joined  # without factors some of them would be
 
 
-# ---- which factors
-
-
 def layer(channels: int = 6, outputs: int = 5, taps: int = 1, samples: int = 64, bits: int = 4) -> Reader:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(outputs, channels, taps, generator=generator)
@@ -226,9 +223,6 @@ def test_a_plan_still_to_be_measured_is_served_at_its_fewest_bits(
     equalised(calibration, Recipe.named("w4a8", plan=plan, equalise="on"))
     assert seen[0].shape == (len(calibration.timesteps), len(calibration.sites))
     assert int(seen[0].min()) == width
-
-
-# ---- artifacts
 
 
 def test_factors_survive_saving(tmp_path: Path) -> None:

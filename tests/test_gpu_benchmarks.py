@@ -55,9 +55,6 @@ class Clock:
         return Section(name, measure, seconds)
 
 
-# ---- result files
-
-
 def test_a_gpu_has_a_short_name() -> None:
     names = ["NVIDIA H200", "NVIDIA GeForce RTX 4090", "NVIDIA A100-SXM4-80GB", "Tesla T4"]
     assert [results_file.slug(name) for name in names] == ["h200", "rtx-4090", "a100-sxm4-80gb", "t4"]
@@ -67,9 +64,6 @@ def test_a_gpu_has_a_short_name() -> None:
 
 def test_a_commit_can_be_told() -> None:
     assert results_file.machine(commit="1234")["commit"] == "1234"
-
-
-# ---- sections
 
 
 def test_a_budget_ends_a_run_and_the_next_one_goes_on(tmp_path: Path) -> None:
@@ -153,9 +147,6 @@ def test_a_section_without_end_is_ended(tmp_path: Path) -> None:
     assert machine["absent"] == {} and list(machine["sections"]) == ["slow"]
 
 
-# ---- timing
-
-
 def test_input_sets_outgrow_the_cache() -> None:
     assert timing.set_count(16e6, 60e6) == 12 and timing.set_count(1.0, 60e6) == 64 and timing.set_count(1e9, 60e6) == 2
 
@@ -178,9 +169,6 @@ def test_ceilings_are_rates() -> None:
     assert all(rate > 0 for rate in limits)
     assert LIMITS.peak_tops("w4a8") == 1000 and LIMITS.peak_tops("w8a16") == 700
     assert LIMITS.bound_ms(2e12, 1.0, "w8a8") == 2.0 and LIMITS.bound_ms(1.0, 8e9, "w8a8") == 2.0
-
-
-# ---- cases
 
 
 @interpreted

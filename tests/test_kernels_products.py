@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import CHANNELS_LAST, DEVICE, assert_near, integers, on_device, quantization
 from qdiff_kernels.int_conv2d import Geometry, Segment, int_conv2d, pack_order
 from qdiff_kernels.int_conv2d_box import Box, box_of, tiles_of_boxes
 from qdiff_kernels.int_gemm import int_gemm, is_wide
-from qdiff_kernels.packing import BLOCK, KernelWeight, pack, pack_rows, packed_width, unpack_rows
+from qdiff_kernels.packing import BLOCK, pack, pack_rows, packed_width, unpack_rows
 from qdiff_kernels.tiles import (
     DESCRIPTOR_TILES,
     INTEGER_TILES,
@@ -26,14 +27,8 @@ from torch import Tensor
 
 from qdiff_engine import numerics, reference
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CHANNELS_LAST = torch.channels_last
 SMALL = Tile(32, 32, 64, 4, 1)
 GEMM_SHAPES = [(1, 1, 1), (17, 33, 63), (33, 17, 1040), (64, 320, 320), (2, 1280, 130)]  # M, N, K
-
-
-def integers(*shape: int, low: int = -128, high: int = 127) -> Tensor:
-    return torch.randint(low, high + 1, shape, dtype=torch.int8)
 
 
 def weights(n: int, k: int, bits: int) -> tuple[Tensor, Tensor]:
@@ -41,29 +36,12 @@ def weights(n: int, k: int, bits: int) -> tuple[Tensor, Tensor]:
     return integers(n, k, low=low, high=high), torch.rand(n) * 0.01 + 1e-4
 
 
-def quantization(scale: float, zero_point: int) -> Tensor:
-    return torch.tensor([scale, numerics.inverse_scale(scale), zero_point], device=DEVICE)
-
-
-def moved(weight: KernelWeight) -> KernelWeight:
-    return weight._replace(**{name: getattr(weight, name).to(DEVICE) for name in ("values", "scale", "sums")})
-
-
-def on_device(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(DEVICE)
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
-    error = float((actual.double().cpu() - expected).abs().max())
-    assert error <= tolerance * float(expected.abs().max().clamp(min=1e-30)), error
-
-
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("m, n, k", GEMM_SHAPES)
 def test_int_gemm_is_exact(m: int, n: int, k: int, bits: int) -> None:
     """Unit scales leave the accumulator: equal to the reference, integer by integer, in one part and in three."""
     weight, _ = weights(n, k, bits)
-    packed = moved(pack(weight, torch.ones(n), bits))
+    packed = on_device(pack(weight, torch.ones(n), bits))
     for zero_point in (-128, 5, 127):
         q = integers(m, k)
         expected = reference.gemm_accumulators(q, weight) - zero_point * weight.to(torch.int64).sum(1)
@@ -86,9 +64,9 @@ def test_int_gemm_at_the_extremes(bits: int) -> None:
     q[2:] = 127
     expected = reference.int_gemm(q, weight, torch.ones(3), 1e-3, 127)
     y = int_gemm(
-        q.to(DEVICE), moved(pack(weight, torch.ones(3), bits)), quantization(1e-3, 127), out_dtype=torch.float32
+        q.to(DEVICE), on_device(pack(weight, torch.ones(3), bits)), quantization(1e-3, 127), out_dtype=torch.float32
     )
-    assert_close(y, expected)
+    assert_near(y, expected)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -101,10 +79,10 @@ def test_int_gemm_epilogue(bits: int, splits: int, dtype: torch.dtype) -> None:
     expected = reference.int_gemm(q, weight, scale, 0.037, 5, bias, residual=residual)
     expected = expected + temb.double().repeat_interleave(m // 2, 0)
     options = {"temb": on_device(temb), "residual": on_device(residual), "launch": Launch(SMALL, splits)}
-    packed, activation = moved(pack(weight, scale, bits)), quantization(0.037, 5)
+    packed, activation = on_device(pack(weight, scale, bits)), quantization(0.037, 5)
     y = int_gemm(q.to(DEVICE), packed, activation, on_device(bias), out_dtype=dtype, **options)
     assert y.dtype == dtype
-    assert_close(y, expected, 1e-6 if dtype == torch.float32 else 1e-3)
+    assert_near(y, expected, 1e-6 if dtype == torch.float32 else 1e-3)
     integers_out = int_gemm(
         q.to(DEVICE), packed, activation, on_device(bias), out_quantization=quantization(0.05, -3), **options
     )
@@ -121,10 +99,10 @@ def test_int_gemm_geglu(bits: int, quantised: bool) -> None:
     value, gate = reference.int_gemm(q, weight, scale, 0.037, 5, bias).chunk(2, dim=-1)
     expected = value * F.gelu(gate)
     out = {"out_quantization": quantization(0.05, -3)} if quantised else {"out_dtype": torch.float32}
-    packed = moved(pack(weight, scale, bits))
+    packed = on_device(pack(weight, scale, bits))
     y = int_gemm(q.to(DEVICE), packed, quantization(0.037, 5), on_device(bias), geglu=True, **out)
     if not quantised:
-        assert_close(y, expected)
+        assert_near(y, expected)
         return
     steps = y.cpu().int() - numerics.quantize(expected.float(), 0.05, -3, 8).int()
     assert int(steps.abs().max()) <= 1 and int(steps.abs().sum()) <= 2
@@ -136,17 +114,17 @@ def test_int_gemm_multiplies_floating_activations(bits: int, dtype: torch.dtype)
     x, (weight, scale) = torch.randn(3, 11, 130).to(dtype), weights(33, 130, bits)
     bias = torch.randn(33)
     expected = x.double() @ (weight.double() * scale.double()[:, None]).t() + bias
-    y = int_gemm(x.to(DEVICE), moved(pack(weight, scale, bits)), None, on_device(bias), out_dtype=torch.float32)
+    y = int_gemm(x.to(DEVICE), on_device(pack(weight, scale, bits)), None, on_device(bias), out_dtype=torch.float32)
     assert y.shape == (3, 11, 33)
-    assert_close(y, expected, 1e-5)
+    assert_near(y, expected, 1e-5)
 
 
 def test_int_gemm_reads_strided_rows_and_empty_ones() -> None:
     weight, scale = weights(9, 33, 8)
-    packed, activation = moved(pack(weight, scale, 8)), quantization(0.1, 2)
+    packed, activation = on_device(pack(weight, scale, 8)), quantization(0.1, 2)
     q = integers(7, 50)
     y = int_gemm(q.to(DEVICE)[:, 4:37], packed, activation, out_dtype=torch.float32)
-    assert_close(y, reference.int_gemm(q[:, 4:37], weight, scale, 0.1, 2))
+    assert_near(y, reference.int_gemm(q[:, 4:37], weight, scale, 0.1, 2))
     assert int_gemm(q[:0, :33].to(DEVICE), packed, activation).shape == (0, 9)
 
 
@@ -154,7 +132,7 @@ def test_int_gemm_reads_strided_rows_and_empty_ones() -> None:
 @pytest.mark.parametrize("m, n, k", GEMM_SHAPES)
 def test_int_gemm_of_packed_activations_is_exact(m: int, n: int, k: int, bits: int) -> None:
     """The same bits as from the same integers, one to a byte."""
-    packed = moved(pack(*weights(n, k, bits), bits))
+    packed = on_device(pack(*weights(n, k, bits), bits))
     q = integers(m, k, low=-8, high=7)
     for zero_point in (-8, 5):
         activation = quantization(0.25, zero_point)
@@ -169,11 +147,11 @@ def test_int_gemm_of_packed_activations_at_the_extremes() -> None:
     for bits in (4, 8):
         low, high = numerics.weight_range(bits)
         weight = torch.tensor([low, high], dtype=torch.int8)[:, None].expand(2, 65793).contiguous()
-        packed = moved(pack(weight, torch.ones(2), bits))
+        packed = on_device(pack(weight, torch.ones(2), bits))
         for zero_point in (-8, 7):
             expected = reference.int_gemm(q, weight, torch.ones(2), 1e-3, zero_point)
             y = int_gemm(pack_rows(q).to(DEVICE), packed, quantization(1e-3, zero_point), out_dtype=torch.float32)
-            assert_close(y, expected)
+            assert_near(y, expected)
 
 
 @pytest.mark.parametrize("x_bits", [8, 4])
@@ -185,7 +163,7 @@ def test_int_gemm_reads_through_descriptors(m: int, n: int, k: int, bits: int, x
         pytest.skip("tensor descriptors need compute capability 9.0")
     q = integers(m, k, low=-8, high=7)
     x = (pack_rows(q) if x_bits == 4 else q).to(DEVICE)
-    packed, activation = moved(pack(*weights(2 * n, k, bits), bits)), quantization(0.25, -5)
+    packed, activation = on_device(pack(*weights(2 * n, k, bits), bits)), quantization(0.25, -5)
     for options in ({}, {"geglu": True}, {"residual": torch.randn(m, 2 * n).to(DEVICE)}):
         for splits in (1,) if "geglu" in options else (1, 3):
             results = [
@@ -199,7 +177,7 @@ def test_int_gemm_reads_through_descriptors(m: int, n: int, k: int, bits: int, x
 @pytest.mark.parametrize("n", [1, 40, 64, 130])
 def test_int_gemm_writes_packed_integers(n: int, geglu: bool) -> None:
     rows = 2 * n if geglu else n
-    packed, q = moved(pack(*weights(rows, 96, 8), 8)), integers(17, 96).to(DEVICE)
+    packed, q = on_device(pack(*weights(rows, 96, 8), 8)), integers(17, 96).to(DEVICE)
     options: dict[str, Any] = {"geglu": geglu, "out_quantization": quantization(0.5, -3), "out_bits": 4}
     for splits in (1,) if geglu else (1, 2):
         options["launch"] = Launch(SMALL, splits)
@@ -246,7 +224,7 @@ class Case:
             u = self.geometry.upsample
             classes = numerics.border_classes(weight, (u * h, u * w), *self.placement.values())
             self.class_index = classes.index.flatten().to(torch.int32).to(DEVICE)
-            packed = moved(pack(pack_order(weight), weight_scale, bits, classes.sums))
+            packed = on_device(pack(pack_order(weight), weight_scale, bits, classes.sums))
             self.segments.append(Segment(image.to(DEVICE), packed, quantization(scale, zero_point)))
             upsampled = reference.place(image, u, (0, 0, 0, 0), 0)
             self.operands.append((upsampled, weight, weight_scale, scale, zero_point))
@@ -267,7 +245,7 @@ def test_int_conv2d_is_exact(name: str, bits: int) -> None:
     ones = torch.ones_like(weight_scale)
     sums = numerics.border_classes(weight, tuple(q.shape[2:]), *case.placement.values()).sums
     segment = case.segments[0]._replace(
-        weight=moved(pack(pack_order(weight), ones, bits, sums)), quantization=quantization(1.0, zero_point)
+        weight=on_device(pack(pack_order(weight), ones, bits, sums)), quantization=quantization(1.0, zero_point)
     )
     for splits in (1, 3):
         y = int_conv2d(
@@ -292,7 +270,7 @@ def test_int_conv2d_epilogue(bits: int, second: int, shared: bool) -> None:
             case.segments, case.geometry, case.class_index, on_device(bias), **terms, out_dtype=torch.float32,
             launch=launch,
         )  # fmt: skip
-        assert_close(y, expected)
+        assert_near(y, expected)
         q = int_conv2d(
             case.segments, case.geometry, case.class_index, on_device(bias), **terms,
             out_quantization=quantization(0.1, 3), out_bits=4, launch=launch,
@@ -376,7 +354,7 @@ def test_int_conv2d_multiplies_floating_activations(bits: int, channels: int) ->
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
         segment = Segment(x.to(DEVICE, dtype), case.segments[0].weight, None)
         y = int_conv2d([segment], case.geometry, case.class_index, out_dtype=torch.float32)
-        assert_close(y, expected, tolerance)
+        assert_near(y, expected, tolerance)
 
 
 def test_int4_weights_stay_packed() -> None:
@@ -512,7 +490,7 @@ def test_offsets_have_64_bits_where_32_are_too_few() -> None:
 @pytest.mark.parametrize("splits", [1, 2])
 def test_64_bit_offsets_give_the_same_bits(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(8, channels=64)
-    q, weight = integers(33, 130).to(DEVICE), moved(pack(*weights(17, 130, 4), 4))
+    q, weight = integers(33, 130).to(DEVICE), on_device(pack(*weights(17, 130, 4), 4))
     residual, temb = torch.randn(33, 17).to(DEVICE), torch.randn(3, 17).to(DEVICE)
     results = []
     for wide in (False, True):

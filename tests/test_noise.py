@@ -1,10 +1,9 @@
-"""Noise measured on a real integer model, corrections estimated from it, and their way through an artifact."""
+"""Noise measured on a real integer model, and corrections estimated from it."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import networks
 import pytest
 import torch
+from correcting import MODES, NAME, SEED, SHAPE, correct, measure, model, noise
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from networks import CASES, SAMPLES, STEPS
 from torch import Tensor
@@ -22,33 +22,6 @@ from qdiff_engine.correction.measurement import moments, signal_to_noise
 from qdiff_engine.correction.moments import Moments
 from qdiff_engine.correction.output import KeptSums, mmse, ner, ptqd
 from qdiff_engine.sampling import Guidance, Step, denoise, initial_noise
-from qdiff_engine.tables import Noise
-
-NAME, SEED = "unet2d", 7
-SHAPE = CASES[NAME].shape
-MODES = ("A4", "A8", "A16")
-
-
-@functools.cache
-def model(recipe: str = "w4a8") -> qe.IntegerUNet:
-    return networks.integer_model(NAME, recipe)
-
-
-def measure(**changes: Any) -> Noise:
-    settings: dict[str, Any] = {"shape": SHAPE, "samples": SAMPLES, "seed": SEED, **changes}
-    return qe.measure_noise(settings.pop("model", model()), networks.network(NAME), networks.ddim(), **settings)
-
-
-@functools.cache
-def noise() -> Noise:
-    """Of all three modes."""
-    return measure(calibration=networks.calibration(NAME))
-
-
-def correct(method: str, **changes: Any) -> qe.IntegerUNet:
-    settings: dict[str, Any] = {"shape": SHAPE, "seed": SEED, "noise": noise(), "method": method, **changes}
-    scheduler = settings.pop("scheduler", networks.ddim())
-    return qe.correct(settings.pop("model", model()), networks.network(NAME), scheduler, **settings)
 
 
 @functools.cache
@@ -141,9 +114,6 @@ def test_guided_noise_is_that_of_the_guided_prediction() -> None:
             expected = Moments.of(step.prediction, e_hat).sums
             assert torch.allclose(found.sums[0, row], expected, rtol=1e-6, atol=1e-6)
     assert found.key["guidance_scale"] == 3.0 and found.key["conditioning"] is not None
-
-
-# ---- estimation
 
 
 @pytest.mark.parametrize(("method", "table"), [("ptqd", ptqd), ("mmse", mmse)])
@@ -324,9 +294,6 @@ def test_other_samplers_take_output_corrections_only() -> None:
             qe.correct(quantised, unet, scheduler, found, method, shape=case.shape)
 
 
-# ---- refused
-
-
 def test_wrong_measurements() -> None:
     unet = networks.network(NAME)
     for changes, message in (
@@ -395,115 +362,3 @@ def test_a_recipe_that_asks_for_a_correction_says_what_to_call() -> None:
     cleared = correct("none", model=corrected)
     assert cleared.correction is None and bool((cleared.table.output_scale == 1).all())
     assert cleared.noise is noise(), "what was measured stays"
-
-
-# ---- artifacts
-
-
-def test_an_artifact_keeps_corrections_and_noise(tmp_path: Path) -> None:
-    corrected = correct("ner+ibc")
-    corrected.save_pretrained(tmp_path / "a")
-    loaded = qe.load(tmp_path / "a")
-    assert loaded.correction is not None and loaded.noise is not None and corrected.correction is not None
-    assert (loaded.correction.method, loaded.correction.key) == ("ner+ibc", corrected.correction.key)
-    assert loaded.correction.timesteps == corrected.correction.timesteps
-    for name in ("input_bias", "sigma_scale", "input_scale"):
-        assert torch.equal(getattr(loaded.correction, name), getattr(corrected.correction, name))
-    assert (loaded.noise.key, loaded.noise.modes) == (noise().key, MODES)
-    assert torch.equal(loaded.noise.sums, noise().sums) and torch.equal(loaded.noise.alpha_bar, noise().alpha_bar)
-    loaded.save_pretrained(tmp_path / "b")
-    for path in (tmp_path / "a").iterdir():
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
-    images = [qe.sample(m, networks.ddim(), (2, *SHAPE), steps=STEPS, strict=True) for m in (corrected, loaded)]
-    assert torch.equal(*images)
-    again = qe.correct(loaded, networks.network(NAME), networks.ddim(), method="mmse", shape=SHAPE)
-    assert torch.equal(again.table.output_scale, correct("mmse").table.output_scale), "the saved noise serves again"
-
-
-def test_an_artifact_without_corrections_has_no_trace_of_them(tmp_path: Path) -> None:
-    """What was written before there were corrections still loads: its recipe has no such field either."""
-    from test_artifact_faults import resealed, write
-
-    model().save_pretrained(tmp_path / "a")
-    data = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
-    config = json.loads(data["config.json"])
-    assert not {"correction", "noise"} & set(config)
-    del config["recipe"]["correct"]
-    write(tmp_path / "old", resealed(data, config))
-    loaded = qe.load(tmp_path / "old")
-    assert loaded.correction is None and loaded.noise is None and loaded.recipe.correct == "none"
-    x = networks.normal(1, *SHAPE)
-    assert torch.equal(loaded(x, 250).sample, model()(x, 250).sample)
-
-
-BAD: list[tuple[str, Any, str]] = [
-    ("correction", [], "'correction' must hold"),
-    ("correction", {"method": "ptqd"}, "'correction' must hold 'method' and 'key' and 'size'"),
-    ("correction", {"method": 3, "key": {}, "size": []}, "'correction'.method must be of type str"),
-    ("correction", {"method": "rm -rf", "key": {}, "size": []}, "'correction'.method: correct must be none"),
-    ("correction", {"method": "ptqd", "key": [], "size": []}, "'correction'.key must be of type dict"),
-    ("correction", {"method": "ptqd", "key": {}, "size": ["8"]}, "'correction'.size must hold sizes"),
-    ("correction", {"method": "ptqd", "key": {}, "size": [2, 2, 2, 2]}, "'correction'.size must be a list of"),
-    ("correction", {"method": "ptqd", "key": {}, "size": []}, "correction.input_bias"),
-    ("correction", {"method": "ptqd", "key": {}, "size": [2**40, 1]}, "correction.input_bias"),
-    ("noise", {"modes": ["A8"]}, "'noise' must hold 'modes' and 'key'"),
-    ("noise", {"modes": [], "key": {}}, "'noise'.modes must hold some of A4, A8, A16"),
-    ("noise", {"modes": ["A8", "A8", "A4"], "key": {}}, "'noise'.modes must hold"),
-    ("noise", {"modes": ["A8", ["A4"], "A16"], "key": {}}, "'noise'.modes must hold"),
-    ("noise", {"modes": ["A4", "A8"], "key": {}}, "noise.sums"),
-]
-
-
-@pytest.mark.parametrize(("field", "value", "message"), BAD)
-def test_a_strangers_fields_are_checked(field: str, value: Any, message: str, tmp_path: Path) -> None:
-    from test_artifact_faults import refused, resealed, write
-
-    correct("ner+ibc").save_pretrained(tmp_path / "a")
-    data = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
-    config = {**json.loads(data["config.json"]), field: value}
-    assert message in refused(write(tmp_path / "b", resealed(data, config)))
-
-
-def test_a_bias_of_another_size_than_the_networks_is_refused(tmp_path: Path) -> None:
-    from test_artifact_faults import refused
-
-    wrong = correct("none+ibc")
-    assert wrong.correction is not None
-    wrong.correction = dataclasses.replace(wrong.correction, input_bias=wrong.correction.input_bias[..., :8])
-    wrong.save_pretrained(tmp_path)
-    assert "'correction'.size must be [] or [16, 16] like the graph's sample, got [16, 8]" in refused(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("correction.input_bias", math.nan, "correction: input_bias must be finite"),
-        ("correction.input_scale", -1.0, "correction: input_scale must be positive"),
-        ("correction.sigma_scale", 2.0, r"correction: sigma_scale must lie in [0, 1]"),
-        ("noise.sums", math.inf, "noise: sums must be finite"),
-        ("noise.alpha_bar", -1.0, "noise: alpha_bar must lie in [0, 1]"),
-    ],
-)
-def test_a_strangers_tensors_are_checked(name: str, value: float, message: str, tmp_path: Path) -> None:
-    import safetensors.torch
-    from test_artifact_faults import refused, resealed, write
-
-    from qdiff_engine.runtime.tensor_file import write_tensors
-
-    correct("ner+ibc").save_pretrained(tmp_path / "a")
-    tensors = safetensors.torch.load((tmp_path / "a" / "model.safetensors").read_bytes())
-    tensors[name].view(-1)[1] = value
-    with open(tmp_path / "a" / "model.safetensors", "wb") as file:
-        write_tensors(file, tensors)
-    data = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
-    assert message in refused(write(tmp_path / "b", resealed(data)))
-
-
-def test_corrections_of_other_rows_are_refused(tmp_path: Path) -> None:
-    corrected = correct("ptqd")
-    assert corrected.correction is not None
-    rows = tuple(t + 1 for t in corrected.correction.timesteps)
-    corrected.correction = dataclasses.replace(corrected.correction, timesteps=rows)
-    with pytest.raises(ValueError, match="correction has other rows than the plan"):
-        corrected.save_pretrained(tmp_path / "a")
-    assert not (tmp_path / "a").exists()

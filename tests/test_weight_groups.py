@@ -13,6 +13,7 @@ import networks
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import DEVICE, assert_near, on_device, present, quantization
 from qdiff_kernels.int_conv2d import Geometry, int_conv2d
 from qdiff_kernels.int_conv2d import Segment as ConvSegment
 from qdiff_kernels.int_gemm import int_gemm
@@ -30,7 +31,6 @@ from qdiff_engine.rounding import gptq, nearest, search_scale
 from qdiff_engine.runtime.artifact_config import ArtifactError, seal
 from qdiff_engine.weights import QuantizedWeight
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Tile(32, 32, 64, 4, 1)
 Product = Callable[..., Tensor]
 
@@ -44,18 +44,10 @@ def operands(m: int, n: int, k: int, groups: int, bits: int, x_bits: int = 8) ->
     return torch.randint(lowest, highest + 1, (m, k), dtype=torch.int8), weight, scale
 
 
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
-    error = float((actual.double().cpu() - expected).abs().max())
-    assert error <= tolerance * float(expected.abs().max()), error
-
-
 @pytest.fixture(params=["onednn", "native", "torch"])
 def backend(request: pytest.FixtureRequest) -> str:
     """A backend that multiplies integers on the CPU."""
-    status = ops.backends()[request.param]
-    if not status["available"]:
-        pytest.skip(f"{request.param}: {status['reason']}")
-    return request.param
+    return present(request.param)
 
 
 def test_the_scale_of_every_weight() -> None:
@@ -131,19 +123,19 @@ def test_products_equal_the_reference(backend: str, m: int, n: int, k: int, grou
     for zero_point in (-128, 0, 77):
         for stored in (q, numerics.stored(q, torch.uint8)):
             expected = reference.int_gemm(q, weight, scale, 0.03, zero_point)
-            assert_close(ops.int_gemm(stored, packed, 0.03, zero_point, backend=backend), expected, 1e-5)
+            assert_near(ops.int_gemm(stored, packed, 0.03, zero_point, backend=backend), expected, 1e-5)
     terms: dict[str, Any] = {"residual": residual, "output_scale": output_scale}
     expected = reference.int_gemm(q, weight, scale, 0.03, 5, bias, **terms)
     before = residual.clone()
-    assert_close(ops.int_gemm(q, packed, 0.03, 5, bias, **terms, backend=backend), expected, 1e-5)
+    assert_near(ops.int_gemm(q, packed, 0.03, 5, bias, **terms, backend=backend), expected, 1e-5)
     assert torch.equal(residual, before)
-    assert_close(ops.int_gemm(q, packed, 0.03, 5, bias, **terms, reuse_residual=True, backend=backend), expected, 1e-5)
+    assert_near(ops.int_gemm(q, packed, 0.03, 5, bias, **terms, reuse_residual=True, backend=backend), expected, 1e-5)
 
 
 def test_the_reference_is_the_sum_of_its_groups() -> None:
     q, weight, scale = operands(3, 4, 6, 2, 8)
     w = torch.stack([weight[:, k] * scale[:, k // 3].double() for k in range(6)], 1)
-    assert_close(reference.int_gemm(q, weight, scale, 0.1, 7), 0.1 * (q.double() - 7) @ w.T, 1e-12)
+    assert_near(reference.int_gemm(q, weight, scale, 0.1, 7), 0.1 * (q.double() - 7) @ w.T, 1e-12)
 
 
 def test_floating_activations(backend: str) -> None:
@@ -151,7 +143,7 @@ def test_floating_activations(backend: str) -> None:
     x, terms = torch.randn(2, 5, 128), {"residual": torch.randn(2, 5, 12), "output_scale": torch.rand(12) + 0.5}
     w = weight.double() * scale.double().repeat_interleave(64, 1) * terms["output_scale"].double()[:, None]
     y = ops.int_gemm(x, ops.pack_gemm(weight, scale, 4), None, None, **terms, backend=backend)
-    assert_close(y, x.double() @ w.T + terms["residual"].double(), 1e-5)
+    assert_near(y, x.double() @ w.T + terms["residual"].double(), 1e-5)
 
 
 def test_wrong_operands_are_refused_as_without_groups(backend: str) -> None:
@@ -162,12 +154,7 @@ def test_wrong_operands_are_refused_as_without_groups(backend: str) -> None:
 
 def kernel_weight(weight: Tensor, scale: Tensor, bits: int) -> KernelWeight:
     """On the device, packed for the Triton kernels."""
-    packed = pack(weight, scale, bits)
-    return packed._replace(**{name: getattr(packed, name).to(DEVICE) for name in ("values", "scale", "sums")})
-
-
-def quantization(scale: float, zero_point: int) -> Tensor:
-    return torch.tensor([scale, numerics.inverse_scale(scale), zero_point], device=DEVICE)
+    return on_device(pack(weight, scale, bits))
 
 
 @pytest.mark.parametrize(("bits", "x_bits"), [(8, 8), (4, 8), (4, 4), (8, 4)])
@@ -182,7 +169,7 @@ def test_triton_product(bits: int, x_bits: int, k: int, group: int, splits: int)
     options: dict[str, Any] = {"residual": residual.to(DEVICE), "launch": Launch(SMALL, splits)}
     product = kernel_weight(weight, scale, bits)
     y = int_gemm(x, product, quantization(0.037, 5), bias.to(DEVICE), out_dtype=torch.float32, **options)
-    assert_close(y, expected)
+    assert_near(y, expected)
     step = float(expected.abs().max()) / 100
     out = {"out_quantization": quantization(step, -3)}
     integers = int_gemm(x, product, quantization(0.037, 5), bias.to(DEVICE), **out, **options)
@@ -200,7 +187,7 @@ def test_triton_geglu(descriptors: bool) -> None:
     activation = quantization(0.037, 5)
     options: dict[str, Any] = {"geglu": True, "out_dtype": torch.float32, "launch": launch}
     y = int_gemm(q.to(DEVICE), kernel_weight(weight, scale, 4), activation, bias.to(DEVICE), **options)
-    assert_close(y, value * F.gelu(gate))
+    assert_near(y, value * F.gelu(gate))
 
 
 def test_triton_floating_activations() -> None:
@@ -208,7 +195,7 @@ def test_triton_floating_activations() -> None:
     x = torch.randn(9, 192)
     y = int_gemm(x.to(DEVICE), kernel_weight(weight, scale, 4), None, out_dtype=torch.float32)
     w = weight.double() * scale.double().repeat_interleave(64, 1)
-    assert_close(y, x.double() @ w.T, 1e-5)
+    assert_near(y, x.double() @ w.T, 1e-5)
 
 
 def test_the_engine_s_gpu_route() -> None:
@@ -218,7 +205,7 @@ def test_the_engine_s_gpu_route() -> None:
     packed = ops.pack_gemm(weight.to(DEVICE), scale.to(DEVICE), 4)
     expected = reference.int_gemm(q, weight, scale, 0.03, 5, bias, output_scale=output_scale)
     terms: dict[str, Any] = {"output_scale": output_scale.to(DEVICE), "backend": "triton"}
-    assert_close(ops.int_gemm(q.to(DEVICE), packed, 0.03, 5, bias.to(DEVICE), **terms), expected)
+    assert_near(ops.int_gemm(q.to(DEVICE), packed, 0.03, 5, bias.to(DEVICE), **terms), expected)
     value, gate = expected.chunk(2, dim=-1)
     gated = value * F.gelu(gate)
     step = float(gated.abs().max()) / 100

@@ -131,8 +131,7 @@ def _checked(model: Any, calibration: Any, settings: AlignmentSettings | None) -
         raise TypeError(f"calibration must come from qdiff_engine.calibrate, got {type(calibration).__name__}")
     if calibration.key != model.key or calibration.timesteps != model.table.timesteps:
         raise ValueError("calibration is not the one that the model was made with")
-    table = model.table
-    if model.correction is not None or bool((table.output_scale != 1).any()) or bool((table.output_shift != 0).any()):
+    if model.correction is not None or model.table.corrects():
         raise ValueError("model is corrected already; align it first, then measure its noise and correct it")
     settings = settings_of(model.recipe) if settings is None else settings
     check_alignment(settings, calibration)
@@ -155,9 +154,7 @@ def check_settings(settings: Any, scheduler: Any, steps: int, samples: int, eta:
     check_count("batch", settings.batch)
     ready = prepared(scheduler, steps)
     length = len(ready.timesteps)
-    if (
-        check_count("group", settings.group) > length and settings.iterations > 0
-    ):  # without iterations there is no group
+    if check_count("group", settings.group) > length and settings.iterations > 0:
         raise ValueError(f"group must be at most the sampler's {length} steps, got {settings.group}")
     for name in ("scale_rate", "zero_point_rate", "weight_rate"):
         value = getattr(settings, name)

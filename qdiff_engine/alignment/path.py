@@ -145,15 +145,9 @@ class Path:
         return len(self.steps.timesteps)
 
     def gathered(self, index: int, samples: Sequence[int]) -> Moment:
-        """The moment before step ``index`` of any samples, for samplers whose steps have no state.
-
-        Raises:
-            ValueError: the sampler steps by itself.
-        """
-        at = [moments[index] for moments in self.moments]
-        if any(moment.scheduler is not None for moment in at):
-            raise ValueError("pairs can be selected for DDIM and DDPM; this sampler keeps a state: use pairs='every'")
-        return Moment(index, torch.cat([moment.latents for moment in at])[list(samples)], samples)
+        """The moment before step ``index`` of any samples, for samplers whose steps have no state (DDIM, DDPM)."""
+        latents = torch.cat([moments[index].latents for moments in self.moments])
+        return Moment(index, latents[list(samples)], samples)
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..alignment.agreement import LayerAgreement, layer_agreement
@@ -89,7 +88,7 @@ def measure(
     models = {MODEL: model}
     corrections = correction_tables(model)
     if corrections:
-        models[PLAIN] = without_correction(model)
+        models[PLAIN] = model.with_table(model.table.uncorrected())  # which drops what is for its sampler, too
     channels, height, width = (int(size) for size in model.graph.inputs["sample"][1:])
     comparisons = compare_all(
         models,
@@ -137,11 +136,10 @@ def simulated_layers(model: IntegerUNet, seed: int, conditioning: Conditioning) 
 
 def correction_tables(model: IntegerUNet) -> dict[str, Tensor]:
     """What corrects the model, by row and title: e' = a e + b, g, B and s' / s; only what acts."""
-    a, b = model.table.output_scale, model.table.output_shift
     tables: dict[str, Tensor] = {}
-    if bool((a != 1).any()) or bool((b != 0).any()):
-        tables |= {"scale a": a, "shift b": b}
-    if model.correction is not None and bool((model.correction.input_bias != 0).any()):
+    if model.table.corrects():
+        tables |= {"scale a": model.table.output_scale, "shift b": model.table.output_shift}
+    if model.correction is not None and model.correction.has_input_bias:
         bias = model.correction.input_bias.unflatten(1, (-1, 1)).flatten(2)  # [R, C, P]
         tables["input bias B (root mean square)"] = bias.square().mean(-1).sqrt()
     if model.correction is not None and bool((model.correction.input_scale != 1).any()):
@@ -166,16 +164,6 @@ def noise_tables(model: IntegerUNet) -> dict[str, Tensor]:
         "skewness of d - k e": normality.skewness,
         "excess kurtosis of d - k e": normality.excess_kurtosis,
     }
-
-
-def without_correction(model: IntegerUNet) -> IntegerUNet:
-    """``model`` with the identity for its output's correction, and none for its sampler."""
-    table = dataclasses.replace(
-        model.table,
-        output_scale=torch.ones_like(model.table.output_scale),
-        output_shift=torch.zeros_like(model.table.output_shift),
-    )
-    return model.with_table(table)
 
 
 def render(report: Report, title: str) -> str:

@@ -56,8 +56,7 @@ def make_rows(table: Table, output_bias: Tensor | None = None) -> tuple[Row, ...
     for r in range(len(table.timesteps)):
         sites = zip(table.scale[r].tolist(), table.zero_point[r].tolist(), table.bits[r].tolist(), strict=True)
         a, b = table.output_scale[r], table.output_shift[r]
-        identity = bool((a == 1).all()) and bool((b == 0).all())
-        rows.append(Row(tuple(sites), *((None, None) if identity else (a, folded(a, b, output_bias)))))
+        rows.append(Row(tuple(sites), *((a, folded(a, b, output_bias)) if table.corrects(r) else (None, None))))
     return tuple(rows)
 
 

@@ -95,14 +95,13 @@ class ReplayedProgram(Program):
         super()._set_table(table)
         self.quantizations = quantization_rows(table).to(self.device)
         a, b = table.output_scale, table.output_shift
-        identity = bool((a == 1).all()) and bool((b == 0).all())
-        bias = None if identity else self.output_bias
+        bias = self.output_bias if table.corrects() else None
         self.corrections = torch.stack([a, folded(a, b, bias)], 1).to(self.device)
         ones, zeros = torch.ones_like(a[0]), torch.zeros_like(b[0])
         self._identity = torch.stack([ones, folded(ones, zeros, bias)]).to(self.device)
         self.current = self.quantizations[0].clone()
         self.corrected = self.corrections[0].clone()
-        terms = (None, None) if identity else tuple(self.corrected)
+        terms = tuple(self.corrected) if table.corrects() else (None, None)
         self.modes = [tuple(bits) for bits in table.bits.tolist()]
         self._mode_rows = {
             mode: Row(tuple((self.current[i], 0, bits) for i, bits in enumerate(mode)), *terms)

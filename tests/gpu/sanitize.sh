@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 command -v compute-sanitizer >/dev/null || { echo "sanitize.sh: compute-sanitizer is not on the PATH (it comes with the CUDA toolkit)" >&2; exit 1; }
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "sanitize.sh: there is no NVIDIA GPU here" >&2; exit 1; }
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-tests=(tests/test_kernels_products.py tests/test_kernels_norms.py)
+tests=(tests/test_kernels_*.py)
 chosen="exact or epilogue or geglu or floating or definition or upsamples or skip or layernorm_quantize or denoise_step"
 status=0
 for tool in "${@:-memcheck racecheck initcheck synccheck}"; do
