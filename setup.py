@@ -32,7 +32,7 @@ setup(
             sorted(glob("csrc/*.cpp")),
             depends=sorted(glob("csrc/*.h")),
             cxx_std=17,
-            extra_compile_args=["/O2"] if sys.platform == "win32" else FLAGS,
+            extra_compile_args=FLAGS,
             optional=True,  # without a compiler the engine installs and runs in plain torch, slower
         )
     ],

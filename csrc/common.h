@@ -28,19 +28,8 @@
 #endif
 
 // The body of a clone must be inlined into it, or it would run with the baseline instruction set.
-#if defined(__GNUC__)
 #define QDIFF_INLINE inline __attribute__((always_inline))
-#elif defined(_MSC_VER)
-#define QDIFF_INLINE __forceinline
-#else
-#define QDIFF_INLINE inline
-#endif
-
-#if defined(_MSC_VER)
-#define QDIFF_RESTRICT __restrict
-#else
 #define QDIFF_RESTRICT __restrict__
-#endif
 
 namespace qdiff {
 

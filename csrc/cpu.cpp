@@ -1,4 +1,4 @@
-// What this processor offers, asked at run time; how the C library keeps freed memory; and int4 unpacking.
+// What this processor offers, asked at run time; and how the C library keeps freed memory.
 #include "kernels.h"
 
 #if defined(__GLIBC__)
@@ -58,7 +58,8 @@ CpuFeatures cpu_features() { return {}; }
 
 bool keep_freed_memory() {
 #if defined(__GLIBC__)
-    return mallopt(M_MMAP_MAX, 0) && mallopt(M_TRIM_THRESHOLD, -1);
+    constexpr int kept = 1 << 30;  // bytes; more than that at the heap's end goes back to the system
+    return mallopt(M_MMAP_MAX, 0) && mallopt(M_TRIM_THRESHOLD, kept);
 #else
     return false;
 #endif

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,17 @@ from .graph.capture import hash_parameters
 from .models import DEMO_HASH, DEMO_PARAMETERS
 from .quality import PIXEL_PEAK, Extractor, Perception, perceive, structural_similarity
 from .samplers import prepared, sampler_key
-from .sampling import Conditioning, Guidance, Step, check_count, conditioning_for, corrections, denoise, initial_noise
+from .sampling import (
+    Conditioning,
+    Guidance,
+    Step,
+    check_count,
+    conditioning_for,
+    corrections,
+    denoise,
+    evaluating,
+    initial_noise,
+)
 
 LIMIT_DB = 200.0  # stands for equality, which has no finite value in decibels
 _PIXEL_CHANNELS = (1, 3)
@@ -310,14 +320,3 @@ def decibels(signal: float, noise: float) -> float:
     if noise <= 0:
         return LIMIT_DB
     return max(-LIMIT_DB, min(LIMIT_DB, 10 * math.log10(signal / noise))) if signal > 0 else -LIMIT_DB
-
-
-@contextlib.contextmanager
-def evaluating(unet: nn.Module) -> Iterator[None]:
-    """``unet`` in eval mode, and back as it was afterwards."""
-    was_training = unet.training
-    unet.eval()
-    try:
-        yield
-    finally:
-        unet.train(was_training)

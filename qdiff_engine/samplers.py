@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from .tables import Correction
 FUSED = ("DDIMScheduler", "DDPMScheduler")  # samplers whose step is one `ops.denoise_step`
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _UNCLIPPED = torch.finfo(torch.float32).max
+_LARGEST = 2**62  # of counts and seeds, so that sums of a few of them are 64-bit integers
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
@@ -26,6 +28,8 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value > _LARGEST:
+        raise ValueError(f"{name} must be at most {_LARGEST}, got {value}")
     return value
 
 
@@ -44,7 +48,7 @@ def _quiet() -> Iterator[None]:
 def prepared(scheduler: Any, steps: int) -> Any:
     """A copy of ``scheduler`` with ``steps`` timesteps set; the caller's own is left as it is."""
     check_count("steps", steps)
-    for attribute in ("config", "set_timesteps", "step"):
+    for attribute in ("config", "set_timesteps", "step", "scale_model_input"):
         if not hasattr(scheduler, attribute):
             raise TypeError(
                 f"scheduler must be a diffusers scheduler, got {type(scheduler).__name__} without {attribute!r}"
@@ -234,7 +238,7 @@ class Stepper:
             cond,
             uncond,
             noise,
-            torch.tensor(constants, device=latents.device),
+            torch.tensor(constants, dtype=torch.float32, device=latents.device),
             prediction_type=row.prediction_type,
             clipped=True,  # `clip` is beyond any value where the sampler does not
             a=a,
@@ -272,9 +276,11 @@ def sampler_key(scheduler: Any, steps: int, eta: float, guidance_scale: float | 
 
 
 def _json(value: Any) -> Any:
+    """A setting as JSON has it; infinity, which it has not, by name."""
     if isinstance(value, list | tuple):
         return [_json(v) for v in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    plain = value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+    return value if plain else str(value)
 
 
 def mismatches(model: Any, sampler: Mapping[str, Any]) -> list[str]:

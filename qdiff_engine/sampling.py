@@ -115,6 +115,18 @@ def home(network: Any) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
+@contextlib.contextmanager
+def evaluating(unet: nn.Module) -> Iterator[None]:
+    """``unet`` in eval mode, and every module of it back as it was afterwards."""
+    before = {module: module.training for module in unet.modules()}
+    unet.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
 def predict_at_home(network: Any, sample: Tensor, timestep: float, conditioning: Mapping[str, Any]) -> Tensor:
     """`predict` of a network on any device and in any dtype, for a ``sample`` on any; the output is like the sample."""
     device, times = home(network), timestep_tensor(timestep, len(sample))

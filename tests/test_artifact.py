@@ -85,7 +85,7 @@ def assert_equal(a: Artifact, b: Artifact) -> None:
     assert (a.recipe, a.key, a.model_config, a.engine_version) == (b.recipe, b.key, b.model_config, b.engine_version)
     assert list(a.table.timesteps) == list(b.table.timesteps)
     assert (a.table.modes, a.table.sites) == (b.table.modes, b.table.sites)
-    assert a.weight_shapes == b.weight_shapes and a.constants.keys() == b.constants.keys()
+    assert a.weights.keys() == b.weights.keys() and a.constants.keys() == b.constants.keys()
     pairs = [(getattr(a.table, n), getattr(b.table, n)) for n in ("scale", "zero_point", "bits")]
     pairs += [(a.table.output_scale, b.table.output_scale), (a.table.output_shift, b.table.output_shift)]
     pairs += [(a.constants[key], b.constants[key]) for key in a.constants]

@@ -154,6 +154,27 @@ def test_another_key_starts_afresh(change: dict[str, Any], tmp_path: Path) -> No
     assert len(list(tmp_path.glob("step-*"))) == change.get("steps", 5)
 
 
+class Steps(nn.Module):
+    """The same parameters, whatever ``gain`` the code multiplies by."""
+
+    gain = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.leave(torch.relu(self.enter(x) * self.gain))
+
+
+def test_other_code_with_equal_parameters_starts_afresh(tmp_path: Path) -> None:
+    unet, settings = Steps().eval(), {"shape": (3, 8, 8), "steps": 2, "samples": 2}
+    calibrate(unet, networks.ddim(), **settings, cache_dir=tmp_path)
+    unet.gain = 2.0
+    expected = calibrate(unet, networks.ddim(), **settings)
+    assert_equal(calibrate(unet, networks.ddim(), **settings, cache_dir=tmp_path), expected)
+
+
 def test_a_cache_folder_survives_every_moment_of_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed while the key is written, and while a folder of another key is deleted; through a link, too."""
     expected = tiny()
@@ -261,6 +282,14 @@ def test_the_network_is_left_as_it_was() -> None:
     calibrate(unet, networks.ddim(), **{**SETTINGS, "steps": 2})
     assert unet.training and all(torch.equal(before[name], value) for name, value in unet.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in unet.parameters())
+
+
+def test_every_module_of_the_network_keeps_its_mode() -> None:
+    """A frozen batch norm in a network that trains stays frozen."""
+    unet = copy.deepcopy(networks.network("plain")).train()
+    unet.norm.eval()
+    calibrate(unet, networks.ddim(), **{**SETTINGS, "steps": 2})
+    assert unet.training and unet.mix.training and not unet.norm.training
 
 
 def test_half_precision_networks() -> None:

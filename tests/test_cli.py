@@ -127,6 +127,25 @@ def test_inspect_measures_where_it_is_told_to(run: Run, artifact: Path) -> None:
     refused(run("inspect", artifact, "--device", "cuda"), "--tune")
 
 
+def test_what_an_interrupted_save_left_is_inspected_too(run: Run, artifact: Path, tmp_path: Path) -> None:
+    shutil.copytree(artifact, tmp_path / "art.previous")
+    shown = loaded(run("inspect", tmp_path / "art", "--json"))
+    assert shown == loaded(run("inspect", artifact, "--json"))
+    assert loaded(run("bops", tmp_path / "art", "--json")) == loaded(run("bops", artifact, "--json"))
+
+
+def test_a_path_is_printed_as_it_is(run: Run, artifact: Path, tmp_path: Path) -> None:
+    """Square brackets in it are no markup."""
+    target = tmp_path / "[bold]" / "o[" / "x].png"
+    target.parent.mkdir(parents=True)
+    status, out, _ = run("sample", artifact, "--n", 1, "--steps", 2, "--out", target)
+    assert status == 0 and target.exists() and "[bold]/o[/x].png" in out.replace("\n", "")
+
+
+def test_seeds_of_more_than_64_bits(run: Run, artifact: Path, tmp_path: Path) -> None:
+    refused(run("sample", artifact, "--seed", 2**70, "--out", tmp_path / "x.png"), "seed must be at most")
+
+
 def test_sample_writes_the_same_grid_for_any_batch(run: Run, artifact: Path, tmp_path: Path) -> None:
     for batch in (2, 4):
         data = loaded(run("sample", artifact, "--n", 4, "--out", tmp_path / f"{batch}.png", "--batch", batch, "--json"))

@@ -250,6 +250,16 @@ def test_previous_is_recovered_and_never_removed(tmp_path: Path, monkeypatch: py
     assert_equal(load_artifact(tmp_path / "a"), small_artifact(1))
 
 
+def test_the_working_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another folder in its place would leave the process in one that is gone; a mount point cannot be renamed."""
+    monkeypatch.chdir(tmp_path)
+    for place in (".", tmp_path, "/proc"):
+        with pytest.raises(FileExistsError, match="is the working folder or a mount point, which stays"):
+            save_artifact(small_artifact(), place)
+    save_artifact(small_artifact(), "a")
+    assert_equal(load_artifact("a"), small_artifact())
+
+
 def test_leftovers(tmp_path: Path) -> None:
     """Those of killed saves go with the next one; a living save's, and other files, stay."""
     stale = tmp_path / ".a.saving-0123abcd"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..graph.capture import Capture, capture
 from ..graph.fuse import fuse
 from ..graph.interpret import flatten_conditioning, run_float
+from ..graph.ir import to_json
 from ..recipe import Recipe
 from ..samplers import sampler_key
 from ..sampling import (
@@ -24,6 +25,7 @@ from ..sampling import (
     check_shape,
     conditioning_for,
     denoise,
+    evaluating,
     initial_noise,
     predict_at_home,
     prepared,
@@ -159,7 +161,8 @@ def calibrate(
     step_arguments(ready, eta, seed, samples)  # a wrong eta is known before the work
     model = captured(unet, shape_, guidance)
     key = calibration_key(model.model_hash, scheduler, steps, samples, seed, eta, guidance)
-    progress = {**key, "shape": list(shape_), "batch": batch}
+    # equal parameters may belong to other code: the graph tells it apart
+    progress = {**key, "shape": list(shape_), "batch": batch, "graph": fingerprint(to_json(model.graph))}
     checkpoint = None if cache_dir is None else Checkpoint.open(cache_dir, progress)
     sampler = InputSampler(model.graph, model.constants, len(ready.timesteps), seed)
     recorder = _Recorder(model, sampler, checkpoint, on_step)
@@ -186,10 +189,8 @@ def _check_capture(unet: nn.Module, model: Capture, noise: Tensor, scheduler: An
     timestep = torch.full((len(noise),), int(scheduler.timesteps[0]))
     extra = conditioning_for(guidance.conditioning, range(len(noise)))
     dtype = next(unet.parameters(), noise).dtype
-    was_training = unet.training
-    unet.eval()
-    expected = predict_at_home(unet, received, float(timestep[0]), extra)
-    unet.train(was_training)
+    with evaluating(unet):
+        expected = predict_at_home(unet, received, float(timestep[0]), extra)
     if not bool(torch.isfinite(expected).all()):
         raise ValueError("the unet predicts NaN or infinity: its parameters or its conditioning hold them")
     inputs = {"sample": received, "timestep": timestep, **flatten_conditioning(extra)}

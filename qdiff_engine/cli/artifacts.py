@@ -377,8 +377,9 @@ def bops(output: Output, source: str, recipe_name: str | None, edges: str, condi
 def is_artifact(source: str) -> bool:
     """Whether a folder looks like an artifact rather than a diffusers model."""
     from ..runtime.artifact_config import GRAPH
+    from ..runtime.files import previous_of
 
-    return os.path.exists(os.path.join(source, GRAPH))
+    return any(os.path.exists(os.path.join(folder, GRAPH)) for folder in (source, previous_of(source)))
 
 
 def _count_model(source: str, recipe: Any, conditioning: Path | None) -> Any:

@@ -259,7 +259,8 @@ def scheduler_of(key: Mapping[str, Any]) -> Any:
     count = config.get("num_train_timesteps", 1)
     if not isinstance(count, int) or not 1 <= count <= _MAX_TRAIN_TIMESTEPS:
         raise ValueError(f"config.json: key.scheduler.num_train_timesteps must be 1 to {_MAX_TRAIN_TIMESTEPS}")
-    return scheduler_from(found, {k: v for k, v in config.items() if not k.startswith("_")})
+    settings = {k: v for k, v in config.items() if not k.startswith("_")}
+    return scheduler_from(found, {k: float(v) if v in ("inf", "-inf") else v for k, v in settings.items()})
 
 
 def scheduler_from(kind: Any, config: dict[str, Any]) -> Any:

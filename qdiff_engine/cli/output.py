@@ -70,7 +70,7 @@ def console_on(file: TextIO) -> Any:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
-    return Plain(file=file, highlight=False)
+    return Plain(file=file, highlight=False, markup=False)
 
 
 def describe(error: BaseException) -> str:

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from ..calibration.calibration import sample_shape
 from ..calibration.checkpoint import Checkpoint
-from ..evaluation import evaluating
 from ..recipe import CorrectionRequest, check_correct
 from ..runtime.model import IntegerUNet
 from ..samplers import StepCoefficients, Stepper, coefficients, differences, prepared, sampler_key
-from ..sampling import Conditioning, Guidance, check_count, initial_noise
+from ..sampling import Conditioning, Guidance, check_count, evaluating, initial_noise
 from ..tables import Correction, Noise
 from .drift import input_affine, input_bias
 from .measurement import (

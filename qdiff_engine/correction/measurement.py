@@ -12,12 +12,20 @@ from torch import Tensor, nn
 
 from ..calibration.calibration import Calibration, sample_shape
 from ..calibration.checkpoint import Checkpoint, fingerprint
-from ..evaluation import evaluating
 from ..graph.capture import hash_parameters
 from ..quantization import equalised, make_table
 from ..runtime.model import IntegerUNet
 from ..samplers import prepared, sampler_key, step_arguments
-from ..sampling import Conditioning, Guidance, Step, check_count, conditioning_for, denoise, initial_noise
+from ..sampling import (
+    Conditioning,
+    Guidance,
+    Step,
+    check_count,
+    conditioning_for,
+    denoise,
+    evaluating,
+    initial_noise,
+)
 from ..tables import MODES, NOISE_SUMS, Noise, with_learnt
 from .moments import Moments
 

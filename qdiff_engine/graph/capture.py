@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import math
 import operator
 import warnings
 from collections.abc import Mapping
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ir import Const, Dim, Graph, Node, Ref
+from .interpret import flatten_conditioning
+from .ir import Const, Dim, Graph, Node, Ref, to_json
 from .operators import ALIASES, FLOAT_OPS, IDENTITY_OPS
 from .sections import mark_sections
 
@@ -50,7 +52,10 @@ class _Entry(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor, conditioning: dict[str, Any]) -> Tensor:
         output = self.net(sample, timestep, **conditioning, **self.keywords)
-        return output[0] if isinstance(output, tuple | list) else getattr(output, "sample", output)
+        found = output[0] if isinstance(output, tuple | list) else getattr(output, "sample", output)
+        if not isinstance(found, Tensor):
+            raise TypeError(f"its forward must return a tensor, a tuple or an object with .sample, got {type(found)}")
+        return found
 
 
 def capture(unet: nn.Module, shape: tuple[int, ...], conditioning: Mapping[str, Any] | None = None) -> Capture:
@@ -85,7 +90,19 @@ def capture(unet: nn.Module, shape: tuple[int, ...], conditioning: Mapping[str, 
             f"{_export_failure(error)}"
         ) from error
     graph, constants = _convert(program)
+    unknown = sorted(set(graph.inputs) - {"sample", "timestep", *flatten_conditioning(extra)})
+    if unknown:
+        raise ValueError(
+            f"conditioning must have distinct names of lower-case letters, digits and '_'; torch.export calls "
+            f"{', '.join(map(repr, unknown))} what it was given"
+        )
     mark_sections(graph)
+    try:
+        to_json(graph)  # what cannot be saved is known before the long work
+    except TypeError as error:
+        raise ValueError(f"unet of type {type(unet).__name__} cannot be captured: {error}") from error
+    if net is unet:  # what is captured stays as it is when the caller's parameters change
+        constants = {key: value.clone() for key, value in constants.items()}
     return Capture(graph, constants, hash_parameters(unet), _config(unet))
 
 
@@ -144,7 +161,8 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items() if not str(k).startswith("_name_or_path")}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    plain = value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+    return value if plain else str(value)
 
 
 def _convert(program: torch.export.ExportedProgram) -> tuple[Graph, dict[str, Tensor]]:

@@ -190,24 +190,24 @@ def _scaled_norm(rewriter: Rewriter, node: Node) -> tuple[Node | None, Ref | Non
         return None, None, None
     for product, shift in (node.args, node.args[::-1]):
         mul = rewriter.producer(product)
-        if mul is None or mul.op != "mul" or rewriter.only_user(mul) is None or not _per_channel(rewriter, shift):
+        if mul is None or mul.op != "mul" or rewriter.only_user(mul) is None or not _per_channel(rewriter, shift, node):
             continue
         for value, factor in (mul.args, mul.args[::-1]):
             norm, one_plus = rewriter.producer(value), rewriter.producer(factor)
             if norm is None or norm.op != "group_norm" or rewriter.only_user(norm) is None:
                 continue
             plus_one = one_plus is not None and one_plus.op == "add" and one_plus.args[1:] == (1,)
-            if one_plus is not None and plus_one and _per_channel(rewriter, one_plus.args[0]):
+            if one_plus is not None and plus_one and _per_channel(rewriter, one_plus.args[0], node):
                 return norm, one_plus.args[0], shift
     return None, None, None
 
 
-def _per_channel(rewriter: Rewriter, value: Any) -> bool:
-    """Whether ``value`` is [B, C, 1, 1]: one number per sample and channel, not made from the latents."""
+def _per_channel(rewriter: Rewriter, value: Any, image: Node) -> bool:
+    """Whether ``value`` is [B, C, 1, 1]: a number per sample and channel of ``image``, not made from the latents."""
     if not isinstance(value, Ref):
         return False
-    node, shape = rewriter.producer(value), rewriter.shape(value)
-    return len(shape) == 4 and shape[2:] == (1, 1) and shape[0] == "B" and node is not None and node.section != "main"
+    node = rewriter.producer(value)
+    return rewriter.shape(value) == ("B", *image.shape[1:2], 1, 1) and node is not None and node.section != "main"
 
 
 def _flat(rewriter: Rewriter, value: Ref, before: Node) -> Ref:
@@ -257,7 +257,8 @@ def _fuse_add(rewriter: Rewriter, add: Node, value: Ref, other: Ref) -> bool:
     if chain is None:
         return False
     layer, layouts = chain
-    if layer.op == "int_conv2d" and not layouts and layer.kwargs["temb"] is None and _per_channel(rewriter, other):
+    takes_embedding = layer.op == "int_conv2d" and not layouts and layer.kwargs["temb"] is None
+    if takes_embedding and _per_channel(rewriter, other, layer):
         layer.kwargs["temb"] = _flat(rewriter, other, layer)
     elif layer.kwargs["residual"] is None and rewriter.shape(other) == rewriter.shape(value):
         for layout in reversed(layouts):

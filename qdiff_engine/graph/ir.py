@@ -17,6 +17,7 @@ Dim = int | str  # an integer, or "kB": k times the batch size
 SECTIONS = ("prompt", "time", "main")
 _DTYPES = (torch.float32, torch.float64, torch.int64, torch.int32, torch.bool)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
+_MAX_NODES = 50_000  # of a stranger's graph; UNets have some thousands
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,200}")
 
 
@@ -214,7 +215,9 @@ def from_json(data: Any, operators: frozenset[str]) -> Graph:
     _expect(data, dict, "graph")
     inputs = {_name(k, "inputs"): _shape(v, f"inputs.{k}") for k, v in _field(data, "inputs", dict, "graph").items()}
     nodes = []
-    for i, item in enumerate(_field(data, "nodes", list, "graph")):
+    if len(_field(data, "nodes", list, "graph")) > _MAX_NODES:
+        raise ValueError(f"graph.nodes must be at most {_MAX_NODES}, got {len(data['nodes'])}")
+    for i, item in enumerate(data["nodes"]):
         _expect(item, dict, f"nodes[{i}]")
         name = _name(_field(item, "name", str, f"nodes[{i}]"), f"nodes[{i}].name")
         where = f"node {name!r}"

@@ -77,7 +77,7 @@ def _is_pointwise(node: Node, constants: dict[str, Tensor]) -> bool:
     stride, padding, _, groups = _convolution_arguments(node, 1)
     return (
         isinstance(weight, Const)
-        and constants[weight.key].shape[-1] == 1
+        and (constants[weight.key].dim() == 2 or constants[weight.key].shape[-1] == 1)  # flattened for another use
         and (stride, padding, groups) == ((1,), (0,), 1)
     )
 

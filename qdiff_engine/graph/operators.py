@@ -72,6 +72,18 @@ def _conv2d(
     return torch.nn.functional.conv2d(x, weight, bias, stride, padding, *rest, **more)
 
 
+def _size(operation: Callable[[int, int], int]) -> Callable[[int, int], int]:
+    """An operation on sizes, whose result is one: a stranger's chain of products would fill the memory with digits."""
+
+    def of_sizes(a: int, b: int) -> int:
+        result = operation(a, b)
+        if not -(2**63) <= result < 2**63:
+            raise ValueError(f"a size of the graph must have at most 64 bits, got {operation.__name__}({a}, {b})")
+        return result
+
+    return of_sizes
+
+
 def _packet(name: str) -> Callable[..., Any]:
     return getattr(torch.ops.aten, name)
 
@@ -85,10 +97,10 @@ FLOAT_OPS.update(
         "to": _to,
         "getitem": operator.getitem,
         "sym_size": lambda x, dim: x.shape[dim],
-        "sym_add": operator.add,
-        "sym_sub": operator.sub,
-        "sym_mul": operator.mul,
-        "sym_floordiv": operator.floordiv,
+        "sym_add": _size(operator.add),
+        "sym_sub": _size(operator.sub),
+        "sym_mul": _size(operator.mul),
+        "sym_floordiv": _size(operator.floordiv),
         "conv2d": _conv2d,
         "linear": torch.nn.functional.linear,
         "silu": torch.nn.functional.silu,

@@ -8,7 +8,7 @@ from .ir import Graph, Node, Ref
 
 
 class Rewriter:
-    """A graph being changed, with the indices that passes ask for kept current."""
+    """A graph being changed, with the indices that passes ask for; whoever changes a node itself calls `refresh`."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -48,15 +48,32 @@ class Rewriter:
         self.graph.nodes[at:at] = new
         self.refresh()
 
+    def move_behind(self, node: Node, other: Node) -> None:
+        """Place ``node`` right behind ``other``, which becomes all that it reads."""
+        self._forget_reads(node)
+        node.args = (Ref(other.name),)
+        self.users[other.name].append(node)
+        self.graph.nodes.remove(node)
+        self.graph.nodes.insert(self.graph.nodes.index(other) + 1, node)
+        self.position = {moved.name: i for i, moved in enumerate(self.graph.nodes)}
+
     def replace_value(self, old: str, new: str) -> None:
         """Everything that read ``old`` reads ``new``."""
-        for user in list(self.users.get(old, [])):
+        moved, known = self.users.get(old, []), self.users.get(new, [])
+        for user in moved:
             user.rename({old: new})
         if self.graph.output == old:
             self.graph.output = new
-        self.refresh()
+        readers = [*known, *(user for user in moved if user not in known)]
+        self.users[new] = sorted(readers, key=lambda user: self.position[user.name])
+        self.users[old] = []
 
     def remove(self, node: Node) -> None:
-        """Drop a node that nobody reads any more."""
+        """Drop a node that nobody reads any more; the others keep their order."""
+        self._forget_reads(node)
         self.graph.nodes.remove(node)
-        self.refresh()
+        del self.by_name[node.name], self.users[node.name], self.position[node.name]
+
+    def _forget_reads(self, node: Node) -> None:
+        for name in dict.fromkeys(node.refs()):
+            self.users[name] = [user for user in self.users[name] if user is not node]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -83,12 +84,16 @@ class QuantizedCopy(NamedTuple):
     bits: int
 
 
+_LOCK = threading.RLock()  # of every cache of `recent`: none of them is large, and a miss packs a layer's weights
+
+
 def recent(cache: dict[Hashable, _T], key: Hashable, make: Callable[[], _T], limit: int = 2) -> _T:
-    """``cache[key]``, made on first use; the ``limit`` most recently used entries stay."""
-    value = cache.pop(key) if key in cache else make()
-    while len(cache) >= limit:
-        del cache[next(iter(cache))]
-    cache[key] = value
+    """``cache[key]``, made on first use; the ``limit`` most recently used entries stay, whatever threads ask."""
+    with _LOCK:
+        value = cache.pop(key) if key in cache else make()
+        while len(cache) >= limit:
+            del cache[next(iter(cache))]
+        cache[key] = value
     return value
 
 

@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..evaluation import evaluating
 from ..plan_requests import FULL_BITS, MODE_BITS, PlanRequest, check_reachable, switchable_fraction
-from ..sampling import initial_noise
+from ..sampling import evaluating, initial_noise
 from .budget import Effects, Progress, best_assignment, block_sizes, expanded, measure_effects
 from .snr import RULE_MODES, measure_snr, snr_plan, threshold_for
 from .trial import Planned, Sampler, by_bits, final_errors

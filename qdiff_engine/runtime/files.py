@@ -51,7 +51,7 @@ def replace_folder(folder: str | os.PathLike[str], names: frozenset[str]) -> Ite
         names: the files that the block writes.
 
     Raises:
-        FileExistsError: ``folder`` is a file or holds anything else.
+        FileExistsError: ``folder`` is a file, holds anything else, or is the working folder or a mount point.
     """
     target = Path(os.path.realpath(folder))
     check_replaceable(target, names)
@@ -78,11 +78,15 @@ def replace_folder(folder: str | os.PathLike[str], names: frozenset[str]) -> Ite
 
 
 def check_replaceable(target: Path, names: frozenset[str]) -> None:
-    """Raise FileExistsError unless ``target`` is absent, an empty folder, or holds exactly the files ``names``."""
+    """Raise FileExistsError unless ``target`` is absent, or a folder to replace: empty, or with exactly ``names``."""
     if not os.path.lexists(target):
         return
     if not target.is_dir():
         raise FileExistsError(f"{target} is a file, not a folder: choose another place")
+    if os.path.ismount(target) or os.path.samefile(target, os.curdir):
+        raise FileExistsError(
+            f"{target} is the working folder or a mount point, which stays: name a folder in it"
+        )
     with os.scandir(target) as entries:
         found = {entry.name: entry.is_file() for entry in entries}
     if found and (set(found) != names or not all(found.values())):

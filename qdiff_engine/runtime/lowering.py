@@ -131,10 +131,8 @@ def _copies_to_norms(graph: Graph) -> None:
             if any(rewriter.position[user.name] < at for user in rewriter.users[copy.name]):
                 continue
             norm.kwargs["copies"][i] = copy.name
-            copy.op, copy.args = "quantized_copy", (Ref(norm.name),)
-            graph.nodes.remove(copy)
-            graph.nodes.insert(graph.nodes.index(norm) + 1, copy)
-            rewriter.refresh()
+            copy.op = "quantized_copy"
+            rewriter.move_behind(copy, norm)
 
 
 def _is_plain_quantizer(node: Node) -> bool:

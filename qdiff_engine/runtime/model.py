@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import numbers
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from ..sampling import check_count, timestep_tensor
 from ..tables import Correction, Noise, Table
 from ..weights import QuantizedWeight
 from .artifact import Artifact, load_artifact, save_artifact
+from .artifact_config import ArtifactError
 from .compiler import Compiler, make_rows
 from .host_values import HostValues
 from .lowering import lower_for_cpu, lower_for_gpu
@@ -49,7 +52,7 @@ class IntegerUNet(nn.Module):
 
     ``model(sample, timestep, return_dict=False, **conditioning)[0]`` or ``model(sample, timestep).sample``; the row
     of the nearest calibrated timestep supplies scales and zero points, of an equal one corrections, too.
-    ``pipe.unet = model`` works.
+    ``pipe.unet = model`` works. It is saved by `save_pretrained`, not by pickle or ``torch.save``.
 
     Args:
         graph, weights, constants, table: what is executed; see `Artifact`.
@@ -116,7 +119,9 @@ class IntegerUNet(nn.Module):
         else:
             record = CudaGraphs() if graphs else run_again
             self.program = ReplayedProgram(*parts, record=record, dtype=self._dtype, floating=floating)
-        self._last_timestep = _schedule_end(key)
+        # the schedule's, and what samplers of continuous noise levels visited beyond it
+        self._first_timestep = min(0.0, table.timesteps[-1])
+        self._last_timestep = max(_schedule_end(key), table.timesteps[0])
         self.training = False
 
     @property
@@ -130,8 +135,19 @@ class IntegerUNet(nn.Module):
         return self._dtype
 
     @property
+    def add_embedding(self) -> SimpleNamespace:
+        """What SDXL's pipelines ask of their unet: the number of features of its added embedding."""
+        features = self.model_config.get("projection_class_embeddings_input_dim")
+        if features is None:
+            raise AttributeError("the unet's configuration has no projection_class_embeddings_input_dim")
+        return SimpleNamespace(linear_1=SimpleNamespace(in_features=features))
+
+    @property
     def corrects(self) -> bool:
-        """Whether calls at calibrated timesteps return the corrected prediction a e + b; True from the start."""
+        """Whether calls at calibrated timesteps return the corrected prediction a e + b; True from the start.
+
+        One switch for all threads that call this model.
+        """
         return self.program.corrects
 
     @corrects.setter
@@ -192,7 +208,8 @@ class IntegerUNet(nn.Module):
         inputs["timestep"] = timestep_tensor(value, len(sample)).to(self._device, non_blocking=True)
         inputs.update(self._checked_conditioning(given, len(sample)))
         row = self.table.row(value)
-        output = self.program.run(inputs, value, row, self._corrected_at(value, row))
+        with torch.autocast(self._device.type, enabled=False):  # which would round what is kept for later calls
+            output = self.program.run(inputs, value, row, self._corrected_at(value, row))
         # a copy: an ordinary tensor that the caller may change in place, laid out as other UNets' outputs are
         output = output.to(sample.dtype, copy=True, memory_format=torch.contiguous_format)
         return UNetOutput(output) if return_dict else (output,)
@@ -235,12 +252,13 @@ class IntegerUNet(nn.Module):
             if self._check and not bool((timestep == timestep.reshape(-1)[0]).all()):
                 raise ValueError("timestep must hold one value: all samples of a call are at the same step")
             value = self._host.first(timestep)
-        elif isinstance(timestep, int | float) and not isinstance(timestep, bool):
+        elif isinstance(timestep, numbers.Real) and not isinstance(timestep, bool):
             value = float(timestep)
         else:
             raise TypeError(f"timestep must be a number or a tensor, got {type(timestep).__name__}")
-        if not 0 <= value <= self._last_timestep:
-            raise ValueError(f"timestep must lie in the schedule, 0 to {self._last_timestep:g}, got {value:g}")
+        if not self._first_timestep <= value <= self._last_timestep:
+            schedule = f"{self._first_timestep:g} to {self._last_timestep:g}"
+            raise ValueError(f"timestep must lie in the schedule, {schedule}, got {value:g}")
         return value
 
     def _checked_conditioning(self, given: Mapping[str, Any], batch: int) -> dict[str, Tensor]:
@@ -302,11 +320,28 @@ class IntegerUNet(nn.Module):
         )
 
     def to(self, *args: Any, **kwargs: Any) -> IntegerUNet:
-        """Stay where the model is; moving an artifact means loading it there."""
-        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        """Stay where and as the model is: another device or dtype means loading the artifact with it.
+
+        A CPU model computes in float32 whatever the inputs' dtype, and so passes over a floating ``dtype``.
+        """
+        device, dtype = torch._C._nn._parse_to(*args, **kwargs)[:2]
         if device is not None and device.type != self._device.type:
             raise ValueError(f"this model runs on {self._device}; load the artifact with device={str(device)!r}")
+        if dtype not in (None, self._dtype) and self._device.type != "cpu":
+            raise ValueError(f"this model computes in {self._dtype}; load the artifact with dtype={dtype}")
         return self
+
+    def cuda(self, device: int | str | torch.device | None = None) -> IntegerUNet:
+        """As ``to("cuda")``."""
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
+
+    def cpu(self) -> IntegerUNet:
+        """As ``to("cpu")``."""
+        return self.to("cpu")
+
+    def half(self) -> IntegerUNet:
+        """As ``to(torch.float16)``."""
+        return self.to(torch.float16)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -341,7 +376,10 @@ def load(
     artifact = load_artifact(folder)
     parts = {name: getattr(artifact, name) for name in _FIELDS}
     options: dict[str, Any] = {"dtype": dtype, "graphs": graphs, "check": check, "tune": tune, "tune_batch": tune_batch}
-    return IntegerUNet(**parts, device=device, backend=backend, **options)
+    try:
+        return IntegerUNet(**parts, device=device, backend=backend, **options)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError) as error:  # of a stranger's graph
+        raise ArtifactError(f"graph.json: a node lacks an argument, or has a wrong one: {error!r:.200}") from error
 
 
 _FIELDS = ("graph", "weights", "constants", "table", "recipe", "key", "model_config", "correction", "noise")

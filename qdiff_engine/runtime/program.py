@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graph.ir import Graph
+from ..graph.ir import Dim, Graph
 from ..ops import extension
 from ..tables import Table
 from ..weights import QuantizedWeight
@@ -24,7 +25,7 @@ _CACHED_BYTES = 16 << 20  # of timestep-only values kept between calls
 
 
 class Program:
-    """A compiled model. ``run`` is the whole forward pass; not re-entrant, like the module that owns it."""
+    """A compiled model. ``run`` is the whole forward pass; on a GPU, one call at a time."""
 
     def __init__(
         self,
@@ -50,7 +51,9 @@ class Program:
         self.sections = {name: compiler.section(name) for name in ("prompt", "time", "main")}
         self.output = compiler.slots[lowered.output]
         self._kept = {name: compiler.slots_of(lifetimes.kept_after(name)) for name in ("prompt", "time")}
-        self._batched = {self.slots[node.name] for node in lowered.nodes if node.shape[:1] == ("B",)}
+        shapes = {node.name: node.shape for node in lowered.nodes}
+        self._batched = {self.slots[name] for name, shape in shapes.items() if shape[:1] == ("B",)}
+        self._time_repeats = all(_repeats(shapes[name]) for name in lifetimes.kept_after("time"))
         self._reads = {name: compiler.slots_of(lifetimes.conditioning_read(name)) for name in ("prompt", "time")}
         of_time = () if self._reads["time"] else compiler.section("prompt", lifetimes.needed_by("time"))
         self._time_alone = (*of_time, *self.sections["time"])
@@ -111,7 +114,7 @@ class Program:
             key = (*key, *map(id, conditioning))
         kept = cache.get(key, conditioning)
         if kept is None:
-            if section == "time" and not conditioning:
+            if section == "time" and not conditioning and self._time_repeats:
                 kept = self._single_time(values, row)
             else:
                 for instruction in self.sections[section]:
@@ -138,8 +141,16 @@ class Program:
         return kept
 
 
+def _repeats(shape: tuple[Dim, ...]) -> bool:
+    """Whether a value of this shape is one sample's, repeated along the batch, or the same for every batch."""
+    return not any(isinstance(size, str) for size in (shape[1:] if shape[:1] == ("B",) else shape))
+
+
+_LOCK = threading.RLock()  # of all caches: one of its own would keep a model from being copied
+
+
 class _Cache:
-    """Least recently used values by key.
+    """Least recently used values by key, for any number of threads.
 
     Conditioning is compared by content; by identity where a comparison would make the host wait for a device: there the
     caller hands over the same tensor only while its content stays the same.
@@ -157,16 +168,20 @@ class _Cache:
         equal = operator.is_ if self.by_identity else torch.equal
         if not all(equal(a, b) for a, b in zip(entry[0], conditioning, strict=True)):
             return None
-        self.entries.move_to_end(key)
+        with _LOCK:
+            if key in self.entries:
+                self.entries.move_to_end(key)
         return entry[1]
 
     def put(self, key: tuple, conditioning: list[Tensor], kept: list[tuple[int, Any]]) -> None:
         size = sum(v.numel() * v.element_size() for _, v in kept if isinstance(v, Tensor))
-        self._drop(key)
-        self.entries[key] = ([c if self.by_identity else c.clone() for c in conditioning], kept, size)
-        self.bytes += size
-        while len(self.entries) > 1 and (len(self.entries) > self.limit or self.bytes > _CACHED_BYTES):
-            self._drop(next(iter(self.entries)))
+        entry = ([c if self.by_identity else c.clone() for c in conditioning], kept, size)
+        with _LOCK:
+            self._drop(key)
+            self.entries[key] = entry
+            self.bytes += size
+            while len(self.entries) > 1 and (len(self.entries) > self.limit or self.bytes > _CACHED_BYTES):
+                self._drop(next(iter(self.entries)))
 
     def _drop(self, key: tuple) -> None:
         entry = self.entries.pop(key, None)

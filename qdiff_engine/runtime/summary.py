@@ -14,6 +14,7 @@ from ..graph.layers import float_reason, layer_name
 from ..graph.sections import dependencies
 from .artifact import FILES, Artifact, load_artifact
 from .artifact_config import SCHEMA_VERSION, TABLE_FIELDS
+from .files import previous_of
 from .model import IntegerUNet
 from .tuning import Timing
 
@@ -49,7 +50,8 @@ def inspect(
         size = tensor_bytes(model)
     else:
         model = load_artifact(source)
-        size = sum((Path(source) / name).stat().st_size for name in FILES)
+        folder = Path(source) if Path(source).is_dir() else previous_of(source)
+        size = sum((folder / name).stat().st_size for name in FILES)
     table = model.table
     return {
         "schema_version": SCHEMA_VERSION,
