@@ -84,9 +84,11 @@ class Bench:
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         given = moved(self.conditioning(name, batch), self.device, dtype)
         generator, result = torch.Generator().manual_seed(batch), []
-        for timestep in synthetic.TIMESTEPS:
+        # parts of one tensor, as a sampler's timesteps are: the engine reads it once, and waits for no later one
+        schedule = torch.cat([timestep_tensor(t, batch) for t in synthetic.TIMESTEPS]).to(self.device)
+        for timestep in schedule.split(batch):
             sample = torch.randn(batch, *self.shape(name), generator=generator).to(self.device, dtype)
-            result.append(Inputs(sample, timestep_tensor(timestep, batch).to(self.device), given))
+            result.append(Inputs(sample, timestep, given))
         return result
 
 
@@ -158,7 +160,13 @@ def network_rows(bench: Bench, name: str, batch: int, precisions: tuple[str, ...
     _, activations = peak_of(bench.device, lambda: floats["torch-fp16"], 1)
     float_bytes = sum(p.numel() * p.element_size() for p in unet.parameters())
     made = list(engines(bench, batch, precisions))
-    errors = {p: check_outputs(run, floats["torch-fp16"], len(inputs)) for p, _, run, _ in made}
+    errors = {}
+    for precision, _, run, _ in list(made):
+        try:
+            errors[precision] = check_outputs(run, floats["torch-fp16"], len(inputs))
+        except ValueError as error:  # of a random network at the fewest bits, say: the others have their rows
+            print(f"{name}, batch {batch}, {precision} is left out: {error}", file=sys.stderr, flush=True)
+    made = [entry for entry in made if entry[0] in errors]
     times = timed(bench, {p: run for p, _, run, _ in made} | floats, len(inputs))
     rows = []
     for precision, model, _, peak in made:

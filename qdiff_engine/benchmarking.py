@@ -149,9 +149,11 @@ def input_sets(model: IntegerUNet, batch: int, timestep: float | None, condition
         raise ValueError(f"conditioning must give {', '.join(missing)}: the model takes it")
     given = moved(given, model.device, None if model.device.type == "cpu" else model.dtype)
     generator, result = torch.Generator().manual_seed(0), []
-    for value in [timestep] * INPUT_SETS if timestep is not None else measured_timesteps(model.table):
+    values = [timestep] * INPUT_SETS if timestep is not None else measured_timesteps(model.table)
+    # parts of one tensor, as a sampler's timesteps are: a model on a GPU reads it once, and waits for no later one
+    schedule = torch.cat([timestep_tensor(value, batch) for value in values]).to(model.device)
+    for step in schedule.split(batch):
         sample = torch.randn(sizes(model.graph.inputs["sample"], batch), generator=generator)
-        step = timestep_tensor(value, batch).to(model.device)
         result.append(Inputs(sample.to(model.device, model.dtype), step, given))
     return result
 

@@ -176,7 +176,7 @@ def border_classes(
     """Border-class weight sums of a convolution: wsum[class, n] = sum of q_w[n] over the taps inside the image.
 
     Args:
-        weight: int8 [Cout, Cin / groups, R, S].
+        weight: int8 [Cout, Cin / groups, R, S]; or its sums over the input channels, int32 [Cout, 1, R, S].
         image: input height and width.
         stride, dilation: per axis (vertical, horizontal).
         padding: (top, bottom, left, right).

@@ -6,6 +6,7 @@ Every loop is one function, `denoise`: calibration records what the UNet receive
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from .samplers import step_arguments as step_arguments
 from .tables import Correction
 
 Conditioning = Mapping[str, Any] | Callable[[int], Mapping[str, Any]] | None
+Hearing = Callable[[Any], Mapping[str, Any]]  # indices of samples -> the keyword arguments of a call for them
+_PROMPTS = 4  # calls whose arguments a loop keeps: integer models know them again by the tensors themselves
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,18 @@ def home(network: Any) -> torch.device:
     device = getattr(network, "device", None)
     if isinstance(device, torch.device):
         return device
-    parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+    parameter = _parameter(network)
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def home_dtype(network: Any) -> torch.dtype | None:
+    """The dtype that a network takes floating inputs in: its parameters'; None where any will do."""
+    parameter = _parameter(network)
+    return None if parameter is None or not parameter.is_floating_point() else parameter.dtype
+
+
+def _parameter(network: Any) -> Tensor | None:
+    return next(network.parameters(), None) if isinstance(network, nn.Module) else None
 
 
 @contextlib.contextmanager
@@ -129,10 +142,8 @@ def evaluating(unet: nn.Module) -> Iterator[None]:
 
 def predict_at_home(network: Any, sample: Tensor, timestep: float, conditioning: Mapping[str, Any]) -> Tensor:
     """`predict` of a network on any device and in any dtype, for a ``sample`` on any; the output is like the sample."""
-    device, times = home(network), timestep_tensor(timestep, len(sample))
-    parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
-    dtype = None if parameter is None or not parameter.is_floating_point() else parameter.dtype
-    if parameter is not None:  # an integer model has none, and reads the timestep on the host
+    device, dtype, times = home(network), home_dtype(network), timestep_tensor(timestep, len(sample))
+    if _parameter(network) is not None:  # an integer model has none, and reads the timestep on the host
         times = times.to(device)
     return predict(network, moved(sample, device, dtype), times, moved(conditioning, device, dtype)).to(sample)
 
@@ -155,22 +166,30 @@ class Guidance:
         """The guided prediction for these samples."""
         return self.combined(*self.branches(unet, sample, timestep, samples))
 
-    def branches(
-        self, unet: Any, sample: Tensor, timestep: float, samples: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
-        """(conditional, unconditional) predictions, from one call; without guidance the latter is None."""
+    def heard(self, samples: Sequence[int]) -> Mapping[str, Any]:
+        """Keyword arguments of a call for these samples: the conditional ones, with guidance behind the others."""
         conditional = conditioning_for(self.conditioning, samples)
+        return conditional if self.scale is None else _both(conditioning_for(self.unconditional, samples), conditional)
+
+    def branches(
+        self, unet: Any, sample: Tensor, timestep: float, samples: Sequence[int], hear: Hearing | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(conditional, unconditional) predictions, from one call; without guidance the latter is None.
+
+        hear: in place of `heard`, where its results are kept.
+        """
+        heard = (hear or self.heard)(samples)
         if self.scale is None:
-            return predict_at_home(unet, sample, timestep, conditional), None
-        both = _both(conditioning_for(self.unconditional, samples), conditional)
-        output = predict_at_home(unet, torch.cat([sample, sample]), timestep, both)
-        without, with_ = output.chunk(2)
+            return predict_at_home(unet, sample, timestep, heard), None
+        without, with_ = predict_at_home(unet, torch.cat([sample, sample]), timestep, heard).chunk(2)
         return with_, without
 
-    def in_batches(self, unet: Any, sample: Tensor, timestep: float, batch: int) -> tuple[Tensor, Tensor | None]:
+    def in_batches(
+        self, unet: Any, sample: Tensor, timestep: float, batch: int, hear: Hearing | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """`branches` of all samples [n, C, H, W], ``batch`` a call; float32, where the samples are."""
         chunks = [range(j, min(j + batch, len(sample))) for j in range(0, len(sample), batch)]
-        parts = [self.branches(unet, sample[c.start : c.stop], timestep, c) for c in chunks]
+        parts = [self.branches(unet, sample[c.start : c.stop], timestep, c, hear) for c in chunks]
         with_, without = (
             None if side[0] is None else torch.cat([part.float() for part in side]) for side in zip(*parts, strict=True)
         )
@@ -227,10 +246,18 @@ def denoise(
     if not bool(torch.isfinite(latents).all()):
         raise ValueError("latents hold NaN or infinity")
     given, latents = latents.device, latents.to(home(unet)) * stepper.initial_scale
+
+    @functools.lru_cache(maxsize=_PROMPTS)
+    def hear(samples: range) -> Mapping[str, Any]:
+        return moved(guidance.heard(samples), home(unet), home_dtype(unet))
+
     for i, value in enumerate(stepper.timesteps):
         received = stepper.received(i, latents)
         known = recorded.get(i)
-        branches = guidance.in_batches(unet, received, value, batch) if known is None else (known.to(latents), None)
+        if known is None:
+            branches = guidance.in_batches(unet, received, value, batch, hear)
+        else:
+            branches = known.to(latents), None
         if not all(bool(torch.isfinite(e).all()) for e in branches if e is not None):
             raise ValueError(f"the UNet predicted NaN or infinity at step {i} (timestep {value:g})")
         latents = stepper.step(i, latents, *branches)

@@ -111,6 +111,31 @@ def test_rows_of_a_network(bench: gpu_unet.Bench) -> None:
     assert rows[1]["gbops"] < rows[0]["gbops"]
 
 
+def test_a_precision_with_an_insane_output_leaves_the_others_their_rows(
+    bench: gpu_unet.Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, seen = gpu_unet.check_outputs, []
+
+    def judged(*arguments: Any) -> float:
+        seen.append(arguments)
+        if len(seen) == 1:
+            raise ValueError("the output is not sane")
+        return real(*arguments)
+
+    monkeypatch.setattr(gpu_unet, "check_outputs", judged)
+    with torch.no_grad():
+        rows = gpu_unet.network_rows(bench, "unet2d", 2, ("w4a4", "w8a8"))
+    assert [row["precision"] for row in rows] == ["w8a8"]
+    assert "unet2d, batch 2, w4a4 is left out: the output is not sane" in capsys.readouterr().err
+
+
+def test_timesteps_are_parts_of_one_schedule(bench: gpu_unet.Bench) -> None:
+    """A model on a GPU then reads them once, as those of a sampler, and no call waits for the device."""
+    steps = [item.timestep for item in bench.inputs("unet2d", 3)]
+    assert [step.tolist() for step in steps] == [[t] * 3 for t in synthetic.TIMESTEPS]
+    assert len({id(step._base) for step in steps}) == 1 and steps[0]._base is not None
+
+
 def test_a_mode_switch_is_a_difference_of_times(bench: gpu_unet.Bench) -> None:
     with torch.no_grad():
         (row,) = gpu_unet.mode_rows(bench, "unet2d")
@@ -156,7 +181,7 @@ class One(nn.Module):
         self.only = nn.Conv2d(4, 6, 3, padding=1)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return self.only(x) + 0 * t.float()[:, None, None, None]
+        return self.only(x) + 0 * t.float()[:, None, None, None].expand(-1, 6, 1, 1)
 
 
 def test_bounds_by_hand() -> None:

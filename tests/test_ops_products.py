@@ -286,6 +286,32 @@ def test_weights_serve_every_image_size_row_and_batch(backend: str) -> None:
         assert_equal_integers(y, expected.to(torch.int64))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_weight_is_kept_packed_alone(bits: int) -> None:
+    """What a model on a GPU does: the plain integers are gone, for images of new sizes and with padding, too."""
+    present("triton")
+    low, high = numerics.weight_range(bits)
+    filters, matrix = integers(9, 33, 3, 3, low=low, high=high), integers(9, 33, low=low, high=high)
+
+    def results(keep: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        conv = ops.pack_conv2d(filters, torch.rand(9), padding=(1, 0, 1, 1), stride=(2, 1), bits=bits)
+        gemm = ops.pack_gemm(matrix, torch.rand(9), bits)
+        if keep:
+            ops.keep_packed(conv), ops.keep_packed(gemm)
+            assert conv.values.device.type == gemm.values.device.type == "meta"
+        found = [ops.int_gemm(integers(5, 33), gemm, 0.1, 3, backend="triton")]
+        for size in ((5, 6), (7, 4)):
+            found.append(ops.int_conv2d([ops.Segment(image(2, 33, *size), conv, 0.1, -7)], backend="triton"))
+        return found
+
+    for kept, plain in zip(results(True), results(False), strict=True):
+        assert torch.equal(kept, plain)
+    grouped = ops.pack_conv2d(integers(8, 4, 3, 3), torch.rand(8), groups=2)
+    ops.keep_packed(grouped)
+    assert grouped.values.device.type == "cpu", "its groups are packed one by one, later"
+
+
 def test_an_empty_batch_gives_an_empty_image(backend: str) -> None:
     packed = ops.pack_conv2d(integers(5, 3, 3, 3), torch.ones(5), padding=(1, 1, 1, 1))
     y = ops.int_conv2d([ops.Segment(integers(0, 3, 4, 6), packed, 1.0, 7)], backend=backend)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import qdiff_engine as qe
 from qdiff_engine import ops
 from qdiff_engine.runtime.host_values import HostValues
-from qdiff_engine.runtime.replay import ReplayedProgram, quantization_rows, run_again
+from qdiff_engine.runtime.replay import ReplayedProgram, device_rows, quantization_rows, run_again
 from qdiff_engine.tables import Table
 
 CPU = torch.device("cpu")
@@ -255,13 +255,17 @@ def test_what_is_in_place_already_is_not_copied_again(text_program: Text, monkey
     """A step moves the latents, the row, and what its timestep gave; the prompt's values stay where they are."""
     run, text = text_program, networks.normal(1, 7, 24)
     copied: list[Tensor] = []
-    copy = Tensor.copy_
+    copy, copy_all = Tensor.copy_, torch._foreach_copy_
     run.step(0, text)
     monkeypatch.setattr(Tensor, "copy_", lambda self, other: copied.append(self) or copy(self, other))
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, source: copied.extend(to) or copy_all(to, source))
     run.step(0, text)
     (batch,) = run.program._batches.values()
     places = {id(place) for slot, place in batch.values.items() if slot in run.program._remembered}
     assert copied and not [place for place in copied if id(place) in places]
+    run.step(1, text)
+    renewed = [place for place in copied if id(place) in places]
+    assert 0 < len(renewed) < len(places), "what the other timestep gave, and nothing of the prompt"
 
 
 _WAITING = ("item", "cpu", "tolist", "nonzero", "numpy", "__bool__", "__float__", "__int__", "__index__")
@@ -307,11 +311,13 @@ def test_no_layer_makes_the_host_wait(text_program: Text, monkeypatch: pytest.Mo
 
 
 def test_quantization_rows_hold_what_kernels_read(model: qe.IntegerUNet) -> None:
-    rows = quantization_rows(model.table)
-    assert rows.shape == (*model.table.scale.shape, 3) and rows.dtype == torch.float32
+    rows = quantization_rows(model.table, CPU)
+    assert rows.shape == (*model.table.scale.shape, 4) and rows.dtype == torch.float32
     assert torch.equal(rows[..., 0], model.table.scale)
     assert torch.equal(rows[..., 1], (1 / model.table.scale.double()).float())
     assert torch.equal(rows[..., 2].int(), model.table.zero_point)
+    first = rows.data_ptr()
+    assert all((q.data_ptr() - first) % 16 == 0 for q, _, _ in device_rows(model.table, CPU)[1].sites)
 
 
 def test_snapshots_are_renewed_when_the_tensor_changes() -> None:

@@ -151,6 +151,21 @@ def test_guidance_combines_both_branches() -> None:
     assert torch.equal(actual, without + 2.5 * (with_ - without)) and batches == [10]
 
 
+def test_a_loop_hands_over_the_same_prompt_at_every_step() -> None:
+    """The same tensors, by which a model on a GPU knows the keys and values that it has already made of them."""
+    heard: list[Tensor] = []
+
+    def spying(x: Tensor, timestep: Tensor, shift: Tensor) -> Tensor:
+        heard.append(shift)
+        return toy(x, timestep, shift)
+
+    sides = {"conditioning": {"shift": normal(4, 2)}, "unconditional": {"shift": normal(1, 2, seed=4)}}
+    images = sample(spying, schedulers()["ddim"], SHAPE, steps=3, batch=2, guidance_scale=2.0, **sides)
+    calls = len(heard) // 3
+    assert calls > 1 and all(heard[i] is heard[i % calls] for i in range(len(heard)))
+    assert torch.equal(images, sample(toy, schedulers()["ddim"], SHAPE, steps=3, guidance_scale=2.0, **sides))
+
+
 def test_modules_of_every_return_type() -> None:
     class Output(nn.Module):
         def __init__(self, kind: str) -> None:

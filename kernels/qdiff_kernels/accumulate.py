@@ -26,9 +26,12 @@ def unpacked(packed, ASM: tl.constexpr):
 
 @triton.jit
 def multiplied(x, weight, acc, FLOATING: tl.constexpr):
-    """acc + x [M, K] weight [N, K]^T, in int32, or in float32 with the weight's integers in x's dtype."""
+    """acc + x [M, K] weight [N, K]^T, in int32, or in float32 with the weight's integers in x's dtype.
+
+    float32 is multiplied as three TensorFloat-32 products of high and low parts; the weight's integers fit into one.
+    """
     if FLOATING:
-        acc = tl.dot(x, weight.to(x.dtype).T, acc, input_precision="ieee")
+        acc = tl.dot(x, weight.to(x.dtype).T, acc, input_precision="tf32x3")
     else:
         acc = tl.dot(x, weight.T, acc, out_dtype=tl.int32)
     return acc

@@ -22,7 +22,18 @@ from .arithmetic import ASSEMBLY, gelu
 from .epilogue import _reduce_kernel, finished, scaled, stored
 from .operands import check_activations, chunk_of, is_wide, output_form, x_bits
 from .packing import BLOCK, KernelWeight, packed_width
-from .tiles import DESCRIPTOR_ALIGNMENT, GROUP_M, INTERPRETED, Launch, Tile, architecture, choose, grouped, paired
+from .tiles import (
+    DESCRIPTOR_ALIGNMENT,
+    FLOAT32,
+    GROUP_M,
+    INTERPRETED,
+    Launch,
+    Tile,
+    architecture,
+    choose,
+    grouped,
+    paired,
+)
 
 
 @triton.jit
@@ -260,6 +271,8 @@ def chosen_launch(x: Tensor, m: int, n: int, k: int, **terms: Any) -> Launch:
     """The tile table's choice for the device of ``x`` (see `tiles.choose`); one tile for all in the interpreter."""
     if not ASSEMBLY:
         return Launch(INTERPRETED, 1)
+    if x.dtype == torch.float32:
+        return Launch(FLOAT32, 1)
     device = torch.cuda.get_device_properties(x.device)
     arch = architecture((device.major, device.minor))
     return choose(arch, m, n, k, device.multi_processor_count, **terms)

@@ -71,7 +71,7 @@ def _layernorm_quantize_kernel(
     # what rounding left of the mean: large beside the deviations where the mean is
     rest = total / K
     variance = tl.maximum(squares / K - rest * rest, 0.0)
-    inverse = (1.0 / tl.sqrt(variance + eps))[:, None]
+    inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[:, None]  # one factor of a whole row: rounded once, not more
     y = scaled_row((deviation - rest[:, None]) * inverse, weight, bias, column, K)
     if quantization is None:
         tl.store(out + at + column, y.to(out.dtype.element_ty), mask=(row < M) & (column < K))

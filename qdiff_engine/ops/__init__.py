@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import EPILOGUES, BackendError, backends, chosen, find, refusal, resolve, storage, supports
-from .gpu_values import PACKED, packed_width, packs, statistics_for
+from .gpu_values import PACKED, keep_packed, packed_width, packs, statistics_for
 from .operands import (
     ConvWeight,
     GemmWeight,
@@ -39,6 +39,7 @@ __all__ = [
     "groupnorm_silu_quantize",
     "int_conv2d",
     "int_gemm",
+    "keep_packed",
     "layernorm_quantize",
     "pack_conv2d",
     "pack_gemm",

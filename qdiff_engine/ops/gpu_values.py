@@ -1,4 +1,4 @@
-"""Values that only a GPU's kernels read and write: packed 4-bit activations, and statistics for a GroupNorm.
+"""What only a GPU's kernels read and write: packed 4-bit activations, statistics for a GroupNorm, packed weights.
 
 Two 4-bit values to a byte halve what moves between kernels. Such a tensor has the dtype `PACKED`, and bytes in the
 features' place. The kernels' own forms are those of `qdiff_kernels.packing` and `qdiff_kernels.group_statistics`.
@@ -10,6 +10,8 @@ import importlib
 
 import torch
 from torch import Tensor
+
+from .operands import ConvWeight, GemmWeight
 
 PACKED = torch.int4  # type: ignore[attr-defined]  # missing from its stubs
 
@@ -31,3 +33,8 @@ def statistics_for(images: int, channels: int, pixels: int, device: torch.device
     float32 [images, chunks, 2, channels]: mean and squared deviations of every chunk of pixels.
     """
     return importlib.import_module("qdiff_kernels.group_statistics").statistics_for(images, channels, pixels, device)
+
+
+def keep_packed(weight: GemmWeight | ConvWeight) -> None:
+    """Leave on the device only the form of a weight that its kernels read; for weights that nobody else holds."""
+    importlib.import_module(f"{__package__}.triton_kernels").keep_packed(weight)

@@ -207,9 +207,7 @@ def int_gemm(
     statistics: from `ops.statistics_for`, written for the GroupNorm that reads the result next.
     """
     operands.check_gemm(_as_plain(q, weight), weight, scale, zero_point, bias, residual, output_scale, half=True)
-    packed = weight.prepared.get(_NAME)
-    if packed is None:
-        packed = weight.prepared[_NAME] = _kernels("packing").pack(weight.values, weight.scale, weight.bits)
+    packed = _packed_matrix(weight)
     if output_scale is not None:
         packed = packed._replace(scale=packed.scale * output_scale)
     y = _kernels("int_gemm").int_gemm(
@@ -329,20 +327,54 @@ def _convolve(segments: Sequence[Segment], terms: _Terms, written: dict[str, Any
     )
 
 
+def keep_packed(weight: GemmWeight | ConvWeight) -> None:
+    """Pack a weight now, and forget its plain integers: on the device they are there once.
+
+    For weights that nobody else holds, and that only these kernels multiply by. A grouped convolution packs later.
+    """
+    if isinstance(weight, ConvWeight):
+        if weight.groups > 1:
+            return
+        _packed_filter(weight)
+    else:
+        _packed_matrix(weight)
+    weight.values = weight.values.to("meta")  # its shape is still asked for
+
+
+def _packed_matrix(weight: GemmWeight) -> Any:
+    """The kernel's weight, on the device of the plain one."""
+    if _NAME not in weight.prepared:
+        weight.prepared[_NAME] = _kernels("packing").pack(weight.values, weight.scale, weight.bits)
+    return weight.prepared[_NAME]
+
+
+class _Filter(NamedTuple):
+    """What the kernels need of a convolution's weight: its packed integers, and their sums over each tap."""
+
+    packed: Any  # KernelWeight
+    taps: Tensor  # int32 [Cout, 1, R, S] on the host, sums over the input channels
+    by_size: dict[Any, tuple[Tensor, Tensor]]  # image size -> (sums by border class, class of every pixel)
+
+
+def _packed_filter(weight: ConvWeight) -> _Filter:
+    if _NAME not in weight.prepared:
+        ordered = _kernels("int_conv2d").pack_order(weight.values)
+        packed = _kernels("packing").pack(ordered, weight.scale, weight.bits)
+        taps = weight.values.sum(1, keepdim=True, dtype=torch.int32).cpu()
+        weight.prepared[_NAME] = _Filter(packed, taps, {})
+    return weight.prepared[_NAME]
+
+
 def _packed(weight: ConvWeight, height: int, width: int) -> tuple[Any, Tensor]:
-    """The kernel's weight and the border classes of an image size, on the weight's device; the values exist once."""
-    prepared = weight.prepared.get(_NAME)
-    if prepared is None:
-        packing, order = _kernels("packing"), _kernels("int_conv2d").pack_order
-        prepared = weight.prepared[_NAME] = packing.pack(order(weight.values), weight.scale, weight.bits), {}
-    packed, by_size = prepared
+    """The kernel's weight and the border classes of an image size, on one device."""
+    packed, taps, by_size = _packed_filter(weight)
 
     def classes() -> tuple[Tensor, Tensor]:
         image = (weight.upsample * height, weight.upsample * width)
-        found = numerics.border_classes(weight.values.cpu(), image, weight.stride, weight.padding, weight.dilation)
+        found = numerics.border_classes(taps, image, weight.stride, weight.padding, weight.dilation)
         sums = found.sums * (16 if weight.bits == 4 else 1)  # the kernel sees 4-bit values 16 times as large
         index = found.index.flatten().to(torch.int32)
-        return sums.to(weight.values.device), index.to(weight.values.device)
+        return sums.to(packed.values.device), index.to(packed.values.device)
 
     sums, index = recent(by_size, (height, width), classes)
     return packed._replace(sums=sums), index

@@ -206,7 +206,8 @@ class Compiler:
         def run(values: Values, row: Row) -> None:
             scale, zero_point, bits = row.sites[column]
             if bits == 16:
-                values[out] = placed_as(divided(activate(values[read], activation), factors, axis), upsample, padding)
+                x = divided(activate(values[read], activation), factors, axis)
+                values[out] = placed_as(x.to(self.dtype), upsample, padding)  # a prompt is in float32 till here
             else:
                 values[out] = kernel(
                     values[read], scale, zero_point, bits, activation=activation, storage=storage[bits], **placed
@@ -405,6 +406,8 @@ class Compiler:
         parts = [self._on_device(self.weights[name][0]) for name in layers]
         bits = max(p.bits for p in parts)
         weight = ops.pack_gemm(torch.cat([p.values for p in parts]), torch.cat([p.scale for p in parts]), bits)
+        if self.device.type != "cpu":
+            ops.keep_packed(weight)
         if biases[0] is None:
             return weight, None
         return weight, torch.cat([self.value(b)([]) for b in biases])
@@ -414,6 +417,9 @@ class Compiler:
         geometry = {name: k[name] for name in ("stride", "padding", "dilation", "groups", "upsample")}
         packed = [self._on_device(w) for w in self.weights[k["layer"]]]
         weights = [ops.pack_conv2d(w.values, w.scale, **geometry, bits=w.bits) for w in packed]
+        if self.device.type != "cpu":
+            for weight in weights:
+                ops.keep_packed(weight)
         columns = [self.columns[self.quantizers[ref.name].kwargs["site"]] for ref in node.args]
         parts = list(zip((self.slots[ref.name] for ref in node.args), weights, columns, strict=True))
         constant_bias, corrected = self.value(k["bias"])([]), self._corrected(node)

@@ -84,9 +84,7 @@ def check_replaceable(target: Path, names: frozenset[str]) -> None:
     if not target.is_dir():
         raise FileExistsError(f"{target} is a file, not a folder: choose another place")
     if os.path.ismount(target) or os.path.samefile(target, os.curdir):
-        raise FileExistsError(
-            f"{target} is the working folder or a mount point, which stays: name a folder in it"
-        )
+        raise FileExistsError(f"{target} is the working folder or a mount point, which stays: name a folder in it")
     with os.scandir(target) as entries:
         found = {entry.name: entry.is_file() for entry in entries}
     if found and (set(found) != names or not all(found.values())):

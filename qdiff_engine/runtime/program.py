@@ -21,7 +21,7 @@ from .compiler import Compiler, Row, Values, make_rows
 from .lowering import lower_for_cpu
 
 _CACHED_TIMESTEPS = 256
-_CACHED_BYTES = 16 << 20  # of timestep-only values kept between calls
+_CACHED_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}  # of what prompts and timesteps alone give, kept between calls
 
 
 class Program:
@@ -58,6 +58,7 @@ class Program:
         of_time = () if self._reads["time"] else compiler.section("prompt", lifetimes.needed_by("time"))
         self._time_alone = (*of_time, *self.sections["time"])
         self._by_identity = device.type != "cpu"
+        self._kept_bytes = _CACHED_BYTES.get(device.type, _CACHED_BYTES["cpu"])
         self._forget()
 
     def _set_table(self, table: Table) -> None:
@@ -66,8 +67,8 @@ class Program:
 
     def _forget(self) -> None:
         """Empty the caches of what the prompt and the timestep alone determine."""
-        self._prompts = _Cache(limit=4, by_identity=self._by_identity)
-        self._times = _Cache(limit=_CACHED_TIMESTEPS, by_identity=self._by_identity)
+        self._prompts = _Cache(4, self._kept_bytes, self._by_identity)
+        self._times = _Cache(_CACHED_TIMESTEPS, self._kept_bytes, self._by_identity)
 
     def with_table(self, table: Table) -> Program:
         """This program with another table of the same sites, over the same packed weights."""
@@ -156,8 +157,8 @@ class _Cache:
     caller hands over the same tensor only while its content stays the same.
     """
 
-    def __init__(self, limit: int, by_identity: bool = False) -> None:
-        self.limit, self.by_identity = limit, by_identity
+    def __init__(self, limit: int, most_bytes: int, by_identity: bool = False) -> None:
+        self.limit, self.most_bytes, self.by_identity = limit, most_bytes, by_identity
         self.bytes = 0
         self.entries: OrderedDict[tuple, tuple[list[Tensor], list[tuple[int, Any]], int]] = OrderedDict()
 
@@ -180,7 +181,7 @@ class _Cache:
             self._drop(key)
             self.entries[key] = entry
             self.bytes += size
-            while len(self.entries) > 1 and (len(self.entries) > self.limit or self.bytes > _CACHED_BYTES):
+            while len(self.entries) > 1 and (len(self.entries) > self.limit or self.bytes > self.most_bytes):
                 self._drop(next(iter(self.entries)))
 
     def _drop(self, key: tuple) -> None:

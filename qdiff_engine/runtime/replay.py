@@ -93,7 +93,7 @@ class ReplayedProgram(Program):
 
     def _set_table(self, table: Table) -> None:
         super()._set_table(table)
-        self.quantizations = quantization_rows(table).to(self.device)
+        self.quantizations = quantization_rows(table, self.device)
         a, b = table.output_scale, table.output_shift
         bias = self.output_bias if table.corrects() else None
         self.corrections = torch.stack([a, folded(a, b, bias)], 1).to(self.device)
@@ -104,7 +104,7 @@ class ReplayedProgram(Program):
         terms = tuple(self.corrected) if table.corrects() else (None, None)
         self.modes = [tuple(bits) for bits in table.bits.tolist()]
         self._mode_rows = {
-            mode: Row(tuple((self.current[i], 0, bits) for i, bits in enumerate(mode)), *terms)
+            mode: Row(tuple((self.current[i, :3], 0, bits) for i, bits in enumerate(mode)), *terms)
             for mode in set(self.modes)
         }
         self._batches: OrderedDict[int, _Batch] = OrderedDict()
@@ -116,15 +116,22 @@ class ReplayedProgram(Program):
         self.current.copy_(self.quantizations[row])
         self.corrected.copy_(self.corrections[row] if self.corrects and corrected else self._identity)
         batch = self._batch(len(inputs["sample"]), values)
-        for slot, place in batch.values.items():
-            if batch.sources.get(slot) is not values[slot]:
-                place.copy_(values[slot])
-                if slot in self._remembered:
-                    batch.sources[slot] = values[slot]
+        self._renew(batch, values)
         mode = self.modes[row]
         if mode not in batch.recorded:
             batch.recorded[mode] = self.record(lambda: self._main(batch, self._mode_rows[mode]))
         return batch.recorded[mode]()
+
+    def _renew(self, batch: _Batch, values: Values) -> None:
+        """Copy to the fixed addresses what is not there from the call before: a few launches, however many values."""
+        stale = [slot for slot in batch.values if batch.sources.get(slot) is not values[slot]]
+        kept = [slot for slot in stale if slot in self._remembered]
+        for slot in stale:
+            if slot not in self._remembered:
+                batch.values[slot].copy_(values[slot])
+        if kept:
+            torch._foreach_copy_([batch.values[slot] for slot in kept], [values[slot] for slot in kept])
+            batch.sources.update((slot, values[slot]) for slot in kept)
 
     def _main(self, batch: _Batch, row: Row) -> Tensor:
         values: Values = [None] * len(self.slots)
@@ -153,14 +160,18 @@ class ReplayedProgram(Program):
 
 def device_rows(table: Table, device: torch.device) -> list[Row]:
     """Every row of the table as kernels on ``device`` read it, without corrections."""
-    quantizations = quantization_rows(table).to(device)
+    quantizations = quantization_rows(table, device)
     return [
-        Row(tuple((q, 0, width) for q, width in zip(row, bits, strict=True)), None, None)
+        Row(tuple((q[:3], 0, width) for q, width in zip(row, bits, strict=True)), None, None)
         for row, bits in zip(quantizations, table.bits.tolist(), strict=True)
     ]
 
 
-def quantization_rows(table: Table) -> Tensor:
-    """float32 [rows, sites, 3]: (s, float32(1 / s), z), what kernels read."""
+def quantization_rows(table: Table, device: torch.device) -> Tensor:
+    """float32 [rows, sites, 4]: (s, float32(1 / s), z), what kernels read, and 0.
+
+    16 bytes a site: Triton compiles a kernel anew for addresses that are no multiples of that.
+    """
     inverse = torch.tensor([[numerics.inverse_scale(s) for s in row] for row in table.scale.tolist()])
-    return torch.stack([table.scale, inverse.reshape(table.scale.shape), table.zero_point.float()], dim=-1)
+    terms = [table.scale, inverse.reshape(table.scale.shape), table.zero_point.float(), torch.zeros_like(table.scale)]
+    return torch.stack(terms, dim=-1).to(device)

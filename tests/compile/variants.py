@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import triton
 from compiler import Variant
 from qdiff_kernels.group_statistics import MERGED_BLOCKS
 from qdiff_kernels.int_conv2d_box import Box, box_of
-from qdiff_kernels.tiles import DESCRIPTOR_TILES, INTEGER_TILES, NARROW, TILES, Tile, grouped, paired
+from qdiff_kernels.tiles import DESCRIPTOR_TILES, FLOAT32, INTEGER_TILES, NARROW, TILES, Tile, grouped, paired
 
 _MATRICES = dict.fromkeys(("weight_scale", "quantization", "bias"), "*fp32") | {
     "x": "*i8", "weight": "*i8", "weight_sum": "*i32", "residual": "*fp16", "out": "*fp16",
@@ -142,6 +143,12 @@ def box(
     )  # fmt: skip
 
 
+def in_float32(variant: Variant) -> Variant:
+    """The same launch for float32 activations, whose parts TensorFloat-32 multiplies exactly."""
+    images = {name: "*fp32" for name in variant.types if name in ("x", "x2")}
+    return dataclasses.replace(variant, types={**variant.types, **images}, expects=r"mma.*tf32")
+
+
 def _largest(tiles: Sequence[Tile]) -> Tile:
     return max(tiles, key=lambda tile: tile.block_m * tile.block_n)
 
@@ -193,6 +200,17 @@ def products() -> Iterator[Variant]:
         yield gemm("w4a16", arch, tile, bits=4, floating=True)
         yield gemm("geglu", arch, tile, geglu=True)
         yield gemm("geglu-packed", arch, tile, bits=4, x_bits=4, geglu=True)
+        for variant in (
+            gemm("w8a32", arch, FLOAT32, floating=True),
+            gemm("w4a32", arch, FLOAT32, bits=4, floating=True),
+            gemm("w4a32-group", arch, FLOAT32, bits=4, floating=True, group=64),
+            gemm("w8a32-geglu", arch, FLOAT32, floating=True, geglu=True),
+            conv("w8a32", arch, FLOAT32, floating=True),
+            conv("w4a32-two-segments", arch, FLOAT32, bits=4, floating=True, kernel=1, two=True),
+            conv("w8a32-few-channels-in", arch, FLOAT32, aligned=False, floating=True),
+        ):
+            yield in_float32(variant)
+        yield gemm("geglu-w8a16", arch, tile, floating=True, geglu=True)
         yield gemm("split", arch, tiles[-1], splits=4)
         yield gemm("w8a8-group", arch, tile, group=128)
         yield gemm("w4a8-group", arch, tile, bits=4, group=64)

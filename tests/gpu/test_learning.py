@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-import diffusers
 import networks
 import pytest
 import torch
@@ -16,6 +16,16 @@ from qdiff_engine.alignment.training import Progress
 from qdiff_engine.reconstruction.stage import Progress as Learning
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and there is none here")
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions() -> Iterator[None]:
+    """cuDNN multiplies float32 in TF32 unless told not to; the CPU does not."""
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    yield
+    convolutions.fp32_precision = before
 
 
 def share_of_equal_integers(a: qe.IntegerUNet, b: qe.IntegerUNet) -> float:
@@ -49,6 +59,7 @@ def test_learnt_rounding_lowers_the_loss_as_on_the_cpu(name: str) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("case", ["plain", "guided", "dpm"])
 def test_alignment_learns_what_it_learns_on_the_cpu(case: str, recompute: bool) -> None:
+    diffusers = pytest.importorskip("diffusers")
     given: dict[str, dict[str, Any]] = {"guided": GUIDED, "dpm": {"scheduler": diffusers.DPMSolverMultistepScheduler()}}
     calibration = calibrated(**given.get(case, {}))
     model = quantised(calibration)
