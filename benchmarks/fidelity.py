@@ -85,7 +85,8 @@ def _remembered(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def confidence(result: Comparison) -> dict[str, float | None]:
-    """Share of images whose class the classifier is sure of, and of these the share with the float image's class."""
+    """Share of images whose class the classifier is sure of, of these the share with the float image's class; and the
+    first share among the float images, for a network may draw what is no digit."""
     classifier = digit_classifier()
     logits, in_float = (extract(classifier, images)[1] for images in (result.images, result.float_images))
     assert logits is not None and in_float is not None
@@ -94,6 +95,7 @@ def confidence(result: Comparison) -> dict[str, float | None]:
     return {
         "confident_share": len(agreeing) / len(logits),
         "confident_accuracy": float(agreeing.mean()) if len(agreeing) else None,
+        "float_confident_share": float((in_float.softmax(1).max(1).values >= SURE).double().mean()),
     }
 
 

@@ -55,7 +55,7 @@ def hasty_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("hasty_threads")
 def test_threads_share_a_model() -> None:
-    """More timesteps than are remembered, from four threads at once: every call returns what it returns alone."""
+    """More prompts than are remembered, from four threads at once: every call returns what it returns alone."""
     model = networks.rebuilt(networks.integer_model("sd"))
     x, prompts = normal(1, *networks.CASES["sd"].shape), [normal(1, 7, 24, seed=i) for i in range(6)]
     expected = [networks.rebuilt(model)(x, 500, prompt).sample for prompt in prompts]
