@@ -10,16 +10,20 @@ from torch import nn
 
 import qdiff_engine as qe
 from benchmarks import models
-from qdiff_engine.benchmarking import input_sets
+from qdiff_engine.benchmarking import check_outputs, input_sets
 from qdiff_engine.measuring import channels_last
 from qdiff_engine.sampling import predict
 
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[nn.Module, qe.IntegerUNet]:
-    """The float network, channels last, and its W8A8 model."""
-    unet = models.cifar10_unet()
-    return channels_last(unet), models.quantized(unet, ["w8a8"], steps=2)["w8a8"]
+    """The float network, channels last, and its W8A8 model, whose outputs resemble the float ones."""
+    unet = channels_last(models.cifar10_unet())
+    model = models.quantized(unet, ["w8a8"], steps=2)["w8a8"]
+    inputs = input_sets(model, 1, None, None)
+    with torch.inference_mode():
+        check_outputs(lambda i: predict(model, *inputs[i]), lambda i: predict(unet, *inputs[i]), len(inputs))
+    return unet, model
 
 
 @pytest.mark.parametrize("contestant", ["engine-w8a8", "torch-fp32", "torch-bf16"])

@@ -29,6 +29,12 @@ bool amx_int8() {
     return (d & (1u << 24)) && (d & (1u << 25));
 }
 
+// The same products on 256-bit registers, of processors without AVX-512.
+bool avx_vnni() {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+}
+
 }  // namespace
 
 CpuFeatures cpu_features() {
@@ -38,6 +44,7 @@ CpuFeatures cpu_features() {
     features.avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     features.avx512_vnni = features.avx512 && __builtin_cpu_supports("avx512vnni");
+    features.avx_vnni = features.avx2 && avx_vnni();
     features.amx_int8 = amx_int8();
     return features;
 }

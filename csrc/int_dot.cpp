@@ -12,6 +12,10 @@ namespace {
 
 // acc [rows, 32] = a [rows, pairs, 2] times one panel [pairs, 32, 2].
 using Dot = void (*)(const int16_t* a, const int16_t* panel, int64_t pairs, int64_t rows, int32_t* acc);
+struct DotKernel {
+    const char* name;
+    Dot run;
+};
 
 void dot_plain(const int16_t* a, const int16_t* panel, int64_t pairs, int64_t rows, int32_t* acc) {
     for (int64_t m = 0; m < rows; ++m, a += 2 * pairs, acc += kPanel) {
@@ -97,20 +101,25 @@ void dot_avx2(const int16_t* a, const int16_t* panel, int64_t pairs, int64_t row
     for (; m < rows; ++m) block_avx2<1>(a + m * 2 * pairs, panel, pairs, acc + m * kPanel);
 }
 
-Dot choose_dot() {
+DotKernel choose_dot() {
     const CpuFeatures features = cpu_features();
     const char* limit = std::getenv("QDIFF_CPU_ISA");  // lets the tests reach the kernels of older processors
     const bool plain = limit && std::strcmp(limit, "default") == 0, avx2 = limit && std::strcmp(limit, "avx2") == 0;
-    if (features.avx512 && !plain && !avx2) return dot_avx512;
-    if (features.avx2 && !plain) return dot_avx2;
-    return dot_plain;
+    if (features.avx512 && !plain && !avx2) return {"avx512", dot_avx512};
+    if (features.avx2 && !plain) return {"avx2", dot_avx2};
+    return {"default", dot_plain};
 }
 
 #else
 
-Dot choose_dot() { return dot_plain; }
+DotKernel choose_dot() { return {"default", dot_plain}; }
 
 #endif
+
+const DotKernel& dot_kernel() {
+    static const DotKernel kernel = choose_dot();
+    return kernel;
+}
 
 template <bool unsigned_storage>
 QDIFF_INLINE void widen_values(const uint8_t* QDIFF_RESTRICT q, int16_t* QDIFF_RESTRICT to, int64_t count) {
@@ -151,6 +160,8 @@ void write_row(const Output& out, const int32_t* acc, int64_t row, int64_t chann
 
 }  // namespace
 
+const char* dot_kernel_name() { return dot_kernel().name; }
+
 void widen(const uint8_t* q, bool unsigned_storage, int16_t* to, int64_t count) {
     unsigned_storage ? widen_unsigned(q, to, count) : widen_signed(q, to, count);
 }
@@ -166,7 +177,7 @@ void pack_panels(const int8_t* weight, int16_t* panels, int64_t n, int64_t k) {
 
 void multiply_tile(const int16_t* gathered, int64_t rows, int64_t k, const int16_t* panels, int64_t channel,
                    int64_t channel_end, int64_t first, const Output& output) {
-    static const Dot dot = choose_dot();
+    const Dot dot = dot_kernel().run;
     const int64_t pairs = ceil_div(k, 2);
     alignas(64) int32_t acc[kTileRows * kPanel];
     for (; channel < channel_end; channel += kPanel, panels += pairs * kPanel * 2) {

@@ -23,6 +23,9 @@ void widen(const uint8_t* q, bool unsigned_storage, int16_t* to, int64_t count);
 void multiply_tile(const int16_t* gathered, int64_t rows, int64_t k, const int16_t* panels, int64_t channel,
                    int64_t channel_end, int64_t first, const Output& output);
 
+// Which kernel multiplies here: "avx512", "avx2" or "default".
+const char* dot_kernel_name();
+
 // Into how many groups of panels a layer is cut so that every thread has work.
 int64_t panel_groups(int64_t tiles, int64_t panels);
 

@@ -103,7 +103,7 @@ struct MinMax {
 MinMax min_max(const float* x, int64_t count);
 
 struct CpuFeatures {
-    bool avx2, avx512, avx512_vnni, amx_int8, dotprod;
+    bool avx2, avx512, avx512_vnni, avx_vnni, amx_int8, dotprod;
 };
 CpuFeatures cpu_features();
 

@@ -214,6 +214,7 @@ py::dict bind_cpu_features() {
     result["avx2"] = features.avx2;
     result["avx512"] = features.avx512;
     result["avx512_vnni"] = features.avx512_vnni;
+    result["avx_vnni"] = features.avx_vnni;
     result["amx_int8"] = features.amx_int8;
     result["dotprod"] = features.dotprod;
     return result;
@@ -235,6 +236,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("histogram", bind_histogram);
     m.def("min_max", bind_min_max);
     m.def("cpu_features", bind_cpu_features);
+    m.def("dot_kernel", dot_kernel_name);
     m.def("keep_freed_memory", keep_freed_memory);
     m.def("max_threads", max_threads);
 #ifdef _OPENMP

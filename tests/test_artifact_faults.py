@@ -136,6 +136,13 @@ def test_files_of_two_artifacts(tmp_path: Path, good: dict[str, bytes], name: st
         assert "model.safetensors" in refused(write(tmp_path / "a", data))
 
 
+@pytest.mark.parametrize("name", [CONFIG, GRAPH])
+def test_another_spelling_is_refused(tmp_path: Path, good: dict[str, bytes], name: str) -> None:
+    """The same values with other white space: what is not in canonical form is not what was saved."""
+    data = {**good, name: json.dumps(json.loads(good[name]), indent=1).encode()}
+    assert "canonical form" in refused(write(tmp_path / "a", data if name == CONFIG else resealed(data)))
+
+
 @pytest.mark.parametrize("name", [CONFIG, GRAPH, MODEL])
 def test_missing_and_strange_files(tmp_path: Path, good: dict[str, bytes], name: str) -> None:
     """Missing, a folder, a pipe without a writer, an endless device, a link to nothing: no hang, and the file named."""

@@ -69,7 +69,7 @@ def test_attention_of_equal_scores_is_the_mean() -> None:
 def test_attention_quantises_its_result(shape: tuple[int, ...], storage: torch.dtype, backend: Any) -> None:
     _needs_extension()
     q, k, v = _inputs(shape)
-    exact = plain.attention(q, k, v)
+    exact = plain.attention(q.double(), k.double(), v.double()).float()
     result = backend.attention(q, k, v, output=(0.01, -7, 8), storage=storage)
     steps = (numerics.signed(result).int() - numerics.quantize(exact, 0.01, -7, 8).int()).abs()
     assert result.dtype == storage and result.transpose(1, 2).is_contiguous()

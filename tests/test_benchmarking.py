@@ -85,6 +85,8 @@ def test_bench_reports_the_contract(tiny: tuple[nn.Module, qe.IntegerUNet]) -> N
     for times in result["baselines"].values():
         check_times(times)
     assert {"torch-fp32", "torch-bf16"} <= set(result["baselines"]) == set(result["speedup"])
+    for name, times in result["baselines"].items():
+        assert result["speedup"][name] == pytest.approx(times["median"] / result["plan_ms"], abs=2e-3)
     assert {"openvino-bf16", "openvino-int8"} == set(result["baselines_absent"]) | (
         set(result["baselines"]) - {"torch-fp32", "torch-bf16"}
     )

@@ -18,6 +18,7 @@ from networks import CASES, normal
 from torch import Tensor, nn
 
 import qdiff_engine as qe
+from qdiff_engine.calibration import calibration as calibration_module
 from qdiff_engine.calibration import checkpoint
 from qdiff_engine.calibration.calibration import Calibration, calibrate, calibration_key
 from qdiff_engine.quantization import quantize
@@ -101,7 +102,7 @@ def killed(cache: Path, stop: int, at: int) -> None:
         assert child.wait(60) == -signal.SIGKILL
 
 
-def test_kill_9_and_resume(tmp_path: Path) -> None:
+def test_kill_9_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the first step, then in the middle of work, then before the last step; resumed; the same bytes."""
     cache = tmp_path / "cache"
     expected = artifact_bytes(tiny(), tmp_path / "whole")
@@ -112,12 +113,23 @@ def test_kill_9_and_resume(tmp_path: Path) -> None:
     killed(cache, stop=3, at=3)
     assert len(list(cache.glob("step-*.safetensors"))) >= 4
     seen: list[int] = []
+    calls = counted_predictions(monkeypatch)
     resumed = tiny(cache_dir=cache, on_step=lambda step: seen.append(step.index))
-    assert seen == [0, 1, 2, 3, 4]
+    assert seen == [0, 1, 2, 3, 4] and len(calls) <= 1, "four of the five steps were on disk"
     assert artifact_bytes(resumed, tmp_path / "resumed") == expected
 
 
-def test_an_interruption_resumes(tmp_path: Path) -> None:
+def counted_predictions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for every call of the network that calibration makes from here on."""
+    calls: list[int] = []
+    predict = calibration_module._Recorder.predict
+    monkeypatch.setattr(
+        calibration_module._Recorder, "predict", lambda self, *a, **k: calls.append(1) or predict(self, *a, **k)
+    )
+    return calls
+
+
+def test_an_interruption_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Stop(Exception):
         pass
 
@@ -131,20 +143,24 @@ def test_an_interruption_resumes(tmp_path: Path) -> None:
         with pytest.raises(Stop):
             tiny(cache_dir=tmp_path / "cache", on_step=on_step)
         assert len(list((tmp_path / "cache").glob("step-*.safetensors"))) == at + 1
+    calls = counted_predictions(monkeypatch)
     assert_equal(tiny(cache_dir=tmp_path / "cache"), expected)
+    assert not calls, "all of it was on disk"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "missing"])
-def test_a_damaged_step_is_computed_again(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_step_is_computed_again(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = tiny(cache_dir=tmp_path)
     path = tmp_path / "step-00002.safetensors"
     whole = path.read_bytes()
+    calls = counted_predictions(monkeypatch)
     if damage == "missing":
         path.unlink()
     else:
         path.write_bytes({"truncated": whole[:-100], "empty": b"", "garbage": os.urandom(999)}[damage])
     assert_equal(tiny(cache_dir=tmp_path), expected)
     assert path.read_bytes() == whole
+    assert len(calls) == 3, "this step and those behind it"
 
 
 @pytest.mark.parametrize("change", [{"seed": 12}, {"steps": 4}, {"eta": 0.3}, {"batch": 1}])

@@ -19,11 +19,15 @@ import pytest
 import safetensors.torch
 import torch
 
+import qdiff_engine as qe
 from qdiff_engine import equalisation
+from qdiff_engine.calibration.calibration import _Recorder
 from qdiff_engine.cli import main
 from qdiff_engine.cli.demo import Settings, is_finished
-from qdiff_engine.cli.doctor import judge_gpus
+from qdiff_engine.cli.doctor import judge, judge_gpus
 from qdiff_engine.cli.options import read_conditioning, read_plan, scheduler_of
+from qdiff_engine.cli.output import _MENDS, describe
+from qdiff_engine.ops import extension
 
 TINY = ["--steps", "6", "--samples", "2", "--observer", "minmax"]
 DEMO = ["demo", "--steps", "3", "--samples", "1", "--n", "2"]
@@ -142,6 +146,21 @@ def test_a_path_is_printed_as_it_is(run: Run, artifact: Path, tmp_path: Path) ->
     assert status == 0 and target.exists() and "[bold]/o[/x].png" in out.replace("\n", "")
 
 
+def test_options_are_heard(run: Run, tmp_path: Path) -> None:
+    told = ["--steps", 3, "--samples", 1, "--recipe", "w4a8", "--seed", 5, "--eta", 0.5, "--observer", "percentile"]
+    told += ["--rows", "static", "--edges", "a8", "--weights", "nearest"]
+    loaded(run("calibrate", "demo", *told, "--out", tmp_path / "a", "--json"))
+    model = qe.load(tmp_path / "a")
+    assert (model.key["seed"], model.key["eta"]) == (5, 0.5)
+    changes: dict[str, Any] = {"observer": "percentile", "rows": "static", "edges": "a8", "weights": "nearest"}
+    assert model.recipe == qe.Recipe.named("w4a8", **changes)
+    for seed, eta in ((7, 0.0), (8, 0.0), (7, 1.0)):
+        out = tmp_path / f"{seed}-{eta}.safetensors"
+        loaded(run("sample", tmp_path / "a", "--n", 1, "--seed", seed, "--eta", eta, "--out", out, "--json"))
+        expected = qe.sample(model, scheduler_of(model.key), (1, 1, 32, 32), 3, seed, eta=eta)
+        assert torch.equal(safetensors.torch.load_file(out)["samples"], expected)
+
+
 def test_seeds_of_more_than_64_bits(run: Run, artifact: Path, tmp_path: Path) -> None:
     refused(run("sample", artifact, "--seed", 2**70, "--out", tmp_path / "x.png"), "seed must be at most")
 
@@ -252,6 +271,20 @@ def test_doctor(run: Run) -> None:
     assert data["gpu_verdict"].startswith("--device cuda" if data["gpus"] else "No NVIDIA GPU")
 
 
+def test_doctor_says_whether_integers_are_fast() -> None:
+    exact, inexact = ({"onednn": {"available": found, "reason": "it would saturate"}} for found in (True, False))
+    for feature in ("avx512_vnni", "avx_vnni", "amx_int8", "dotprod"):
+        assert feature in extension.cpu_features() and judge({feature: True}, exact, "")[0]
+    assert judge({"avx2": True}, exact, "") == (
+        False,
+        "Slow for integers: this processor has no 8-bit dot products, though oneDNN is exact here.",
+    )
+    fast, verdict = judge({"avx512_vnni": True}, inexact, "")
+    assert not fast and "it would saturate" in verdict
+    fast, verdict = judge({"avx512_vnni": True}, exact, "there is no compiler")
+    assert not fast and verdict.startswith("Slower than it could be: there is no compiler")
+
+
 def test_doctor_says_whether_models_run_on_a_gpu() -> None:
     details = [{"name": "NVIDIA H200"}]
     old = {"available": False, "reason": "NVIDIA T4 has compute capability 7.5, the kernels need 8.0 or newer"}
@@ -271,10 +304,18 @@ def test_help(command: str, run: Run) -> None:
     assert status == 0 and error == "" and "--json" in out and "--debug" in out
 
 
-def test_text_output_is_on_standard_output(run: Run, artifact: Path) -> None:
+def test_text_output_is_on_standard_output(run: Run, artifact: Path, tmp_path: Path) -> None:
     for arguments in (["inspect", artifact], ["bops", artifact], ["doctor"]):
         status, out, _ = run(*arguments)
         assert status == 0 and len(out.splitlines()) > 3
+    few = ["--reference", "demo", "--n", 2]
+    for arguments, word in (
+        (["compare", artifact, *few], "PSNR"),
+        (["report", artifact, *few, "--out", tmp_path / "report"], "index.html"),
+        (["bench", artifact, "--reference", "demo", "--batch", 1, "--repetitions", 1], "torch-fp32"),
+    ):
+        status, out, error = run(*arguments)
+        assert status == 0 and word in out, error
     status, out, _ = run()
     assert status == 0 and "calibrate" in out
 
@@ -322,7 +363,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 def test_interrupted_and_killed_calibration_resumes_to_the_same_bytes(
-    run: Run, calibrated: tuple[Path, dict[str, Any]], tmp_path: Path
+    run: Run, calibrated: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["calibrate", "demo", *TINY]
     target, partial = tmp_path / "art", tmp_path / "art.partial"
@@ -335,7 +376,11 @@ def test_interrupted_and_killed_calibration_resumes_to_the_same_bytes(
         if sent == signal.SIGINT:
             assert process.returncode == 130 and str(partial) in error.splitlines()[-1]
             assert "Traceback" not in error
+    calls: list[int] = []
+    predict = _Recorder.predict
+    monkeypatch.setattr(_Recorder, "predict", lambda self, *a, **k: calls.append(1) or predict(self, *a, **k))
     assert run(*arguments, "--out", target)[0] == 0
+    assert len(calls) <= 2, "of six steps, four at least were on disk"
     assert not partial.exists()
     for name in ("config.json", "graph.json", "model.safetensors"):
         assert (target / name).read_bytes() == (calibrated[0] / name).read_bytes()
@@ -484,6 +529,17 @@ def test_wrong_reference(run: Run, artifact: Path, tmp_path: Path) -> None:
 def test_debug_shows_the_traceback(run: Run) -> None:
     status, _, error = run("inspect", "no-folder", "--debug")
     assert status == 1 and "Traceback" in error and error.splitlines()[-1].startswith("qdiff: ")
+
+
+@pytest.mark.parametrize("code", _MENDS)
+def test_system_errors_name_the_cause_and_the_mend(code: int) -> None:
+    line = describe(OSError(code, os.strerror(code), "some/place"))
+    assert line == f"some/place: {os.strerror(code)}; {_MENDS[code]}"
+
+
+def test_version(run: Run) -> None:
+    status, out, _ = run("--version")
+    assert status == 0 and qe.__version__ in out
 
 
 def test_closed_pipe_is_quiet(artifact: Path, tmp_path: Path) -> None:

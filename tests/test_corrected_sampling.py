@@ -85,17 +85,19 @@ def test_corrections_cost_no_operator(kind: str, eta: float, backend: str, monke
     model = networks.rebuilt(source, backend)
     model.correction = source.correction
     draw(model, sampler(kind), eta=eta)  # weights are packed, constants cached
-    counts, per_image = [], []
+    counts, per_image, per_loop = [], [], []
     for on in (True, False):
         calls.clear()
-        draw(model, sampler(kind), eta=eta, correction=on, strict=on)
+        with Counting() as loop:
+            draw(model, sampler(kind), eta=eta, correction=on, strict=on)
         counts.append(list(calls))
+        per_loop.append([name for name in loop.names if name.startswith(("aten.add", "aten.mul"))])
         with Counting() as counter, model.correcting(on):
             model(normal(2, *SHAPE), model.table.timesteps[0])
         per_image.append(counter.names)
     assert counts[0] == counts[1] and counts[0].count("denoise_step") == STEPS
     assert counts[0].count("int_conv2d") > 10 * STEPS
-    assert per_image[0] == per_image[1]
+    assert per_image[0] == per_image[1] and per_loop[0] == per_loop[1]
 
 
 @pytest.mark.parametrize(("kind", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0)])

@@ -120,6 +120,7 @@ def unfused(
         ("ddim", 1.0, {"set_alpha_to_one": False}),
         ("ddpm", 0.0, {}),
         ("ddpm", 0.0, {"variance_type": "fixed_large"}),
+        ("ddpm", 0.0, {"variance_type": "fixed_small_log"}),
     ],
 )
 @pytest.mark.parametrize("guided", [False, True])

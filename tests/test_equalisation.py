@@ -134,8 +134,15 @@ def test_candidates_are_the_formula() -> None:
     assert len(found) == 2 * len(equalisation.EXPONENTS)
     x = torch.maximum(first.inputs.abs().amax((0, 2)), second.inputs.abs().amax((0, 2))).double()
     w = torch.maximum(first.weight.abs().amax((0, 2)), second.weight.abs().amax((0, 2))).double()
-    for factors, (p, q) in zip(found, equalisation.EXPONENTS, strict=False):
-        expected = x**p / w**q
+
+    def mean_size(name: str) -> torch.Tensor:
+        squares = [getattr(part, name).square().mean((0, 2)) for part in (first, second)]
+        return ((squares[0] + squares[1]) / 2).sqrt().double()
+
+    sizes = ((x, w), (mean_size("inputs"), mean_size("weight")))
+    kinds = [(a, b, p, q) for a, b in sizes for p, q in equalisation.EXPONENTS]
+    for factors, (a, b, p, q) in zip(found, kinds, strict=True):
+        expected = a**p / b**q
         torch.testing.assert_close(factors.double(), expected / expected.log().mean().exp(), rtol=1e-5, atol=0)
 
 
@@ -143,7 +150,9 @@ def test_dead_channels_have_no_factor_and_wild_ones_stay_in_bounds() -> None:
     part = layer()
     part.inputs[:, 0], part.weight[:, 1] = 0, 0
     part.inputs[:, 2] *= 1e12
-    for factors in candidates([part]):
+    found = candidates([part])
+    assert len(found) == 2 * len(equalisation.EXPONENTS)
+    for factors in found:
         assert factors[0] == factors[1] == 1
         assert bool(((factors >= 1 / LIMIT) & (factors <= LIMIT)).all())
     part.inputs.zero_()

@@ -117,7 +117,7 @@ def test_guidance_reaches_both_models(demo_scheduler: Any) -> None:
         conditioning=labels,
         unconditional=without,
     )
-    assert report.latent_error == [0.0, 0.0]
+    assert report.latent_error == [0.0, 0.0] and report.step_sqnr_db == [LIMIT_DB, LIMIT_DB]
     expected = qe.sample(
         Labelled(),
         demo_scheduler,

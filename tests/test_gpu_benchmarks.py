@@ -186,6 +186,8 @@ def test_kernel_cases_are_right(precision: str, monkeypatch: pytest.MonkeyPatch)
         for r in rows:
             assert set(results_file.KEYS["kernels"]) <= set(r) and r["checked"] and r["tops"] > 0
             assert r["bound_ms"] > 0 and 0 < r["share_of_peak"] < 1
+            if r["baseline_ms"] is not None:
+                assert r["speedup"] == pytest.approx(r["baseline_ms"] / r["median_ms"], abs=2e-3)
         results_file.check({"machine": MACHINE, "rows": rows}, "kernels")
 
 
@@ -229,6 +231,14 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     nan = torch.full((2,), float("nan"), dtype=torch.float16)
     with pytest.raises(ValueError, match="not timed"):
         gpu_kernels.within_half_precision(nan, torch.zeros(2).double(), True)
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("the kernel is wrong")
+
+    monkeypatch.setattr(gpu_kernels, "within_half_precision", refuse)
+    monkeypatch.setattr(gpu_kernels, "times", lambda *_: pytest.fail("timed"))
+    with pytest.raises(ValueError, match="the kernel is wrong"):
+        gpu_kernels.measure(gpu_kernels.gemm_case(shapes.Gemm("t", 1, 34, 40, 72), "w8a8", CPU), LIMITS, 1, CPU)
 
 
 def test_every_shape_and_precision_has_its_section() -> None:

@@ -104,12 +104,22 @@ def test_no_circles() -> None:
     assert list(TopologicalSorter({k: v & files.keys() for k, v in files.items()}).static_order())
 
 
+def test_every_package_is_installed() -> None:
+    """`pip install .` takes the packages that are listed; in a checkout the others could be imported all the same."""
+    tomllib = pytest.importorskip("tomllib", reason="of Python 3.11 and newer")
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    folders = [path.parent.relative_to(ROOT) for path in ENGINE.rglob("__init__.py")]
+    assert set(listed) == {".".join(folder.parts) for folder in folders} | {"qdiff_kernels"}
+
+
 def test_only_ops_knows_backends() -> None:
     for path in engine_files():
         if unit_of(path) == "ops":
             continue
         for module, _ in imports(path):
-            assert not module.startswith(("qdiff_kernels", "triton", "qdiff_engine._C", "qdiff_engine.ops.onednn"))
+            assert not module.startswith(("qdiff_kernels", "triton", "qdiff_engine._C"))
+            own = ("onednn", "plain", "triton_kernels", "native_matmul", "native_products")
+            assert not module.startswith(tuple(f"qdiff_engine.ops.{name}" for name in own))
         assert "torch.ops.onednn" not in path.read_text(encoding="utf-8")
 
 

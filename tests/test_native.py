@@ -368,6 +368,7 @@ def test_results_do_not_depend_on_the_thread_count():
 
 def test_threads_are_those_of_torch(threads):
     kernels = extension.kernels()
+    assert kernels.openmp or sys.platform != "linux", "every kernel would run on one thread"
     assert kernels.max_threads() == (threads if kernels.openmp else 1)
 
 
@@ -381,18 +382,22 @@ def test_one_openmp_library_is_loaded():
 
 _ISA_CHECK = """
 import torch
-from qdiff_engine.ops import native_products
+from qdiff_engine.ops import extension, native_products
 q, w = torch.randint(-128, 128, (61, 333), dtype=torch.int8), torch.randint(-127, 128, (75, 333), dtype=torch.int8)
 acc = native_products.int_gemm(q, w, torch.ones(75), 1.0, 0, accumulators=True)
 assert torch.equal(acc.long(), q.long() @ w.long().T)
+print(extension.kernels().dot_kernel())
 """
 
 
 @pytest.mark.parametrize("isa", ["avx2", "default"])
 def test_int_gemm_kernels_of_older_processors(isa):
-    subprocess.run(
-        [sys.executable, "-c", _ISA_CHECK], env={**os.environ, "QDIFF_CPU_ISA": isa}, check=True, timeout=120
+    environment = {**os.environ, "QDIFF_CPU_ISA": isa}
+    done = subprocess.run(
+        [sys.executable, "-c", _ISA_CHECK], env=environment, check=True, timeout=120, capture_output=True, text=True
     )
+    expected = isa if extension.kernels().cpu_features()["avx2"] else "default"
+    assert done.stdout.split() == [expected]
 
 
 def test_nothing_is_left_unwritten():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,17 @@ def test_a_mixed_plan_is_measured_row_by_row() -> None:
     assert correct("ptqd", model=mixed, noise=found).correction is not None
 
 
+@contextlib.contextmanager
+def counted() -> Iterator[list[int]]:
+    """One entry for every call of the float network inside."""
+    calls: list[int] = []
+    handle = networks.network(NAME).register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
 def test_an_interrupted_measurement_resumes(tmp_path: Path) -> None:
     class Stop(Exception):
         pass
@@ -89,7 +102,9 @@ def test_an_interrupted_measurement_resumes(tmp_path: Path) -> None:
     with pytest.raises(Stop):
         measure(cache_dir=tmp_path / "cache", on_step=stop)
     assert len(list((tmp_path / "cache").glob("step-*"))) == 2
-    resumed = measure(cache_dir=tmp_path / "cache")
+    with counted() as calls:
+        resumed = measure(cache_dir=tmp_path / "cache")
+    assert len(calls) == STEPS - 2, "two steps were on disk"
     assert torch.equal(resumed.sums, measure().sums) and resumed.key == measure().key
     # another model of the same network must not resume there
     other = measure(model=model("w8a8"), cache_dir=tmp_path / "cache")
@@ -272,7 +287,10 @@ def test_rollouts_resume(tmp_path: Path) -> None:
         correct("ner+ibc", cache_dir=tmp_path / "cache", on_step=stop)
     assert len(list((tmp_path / "cache").glob("step-*"))) == 3
     seen: list[int] = []
-    resumed, whole = correct("ner+ibc", cache_dir=tmp_path / "cache", on_step=seen.append), correct("ner+ibc")
+    with counted() as calls:
+        resumed = correct("ner+ibc", cache_dir=tmp_path / "cache", on_step=seen.append)
+    whole = correct("ner+ibc")
+    assert len(calls) == STEPS - 3, "three steps were on disk"
     assert seen == [0, 1, 2, 3] and resumed.correction is not None and whole.correction is not None
     assert torch.equal(resumed.table.output_scale, whole.table.output_scale)
     assert torch.equal(resumed.correction.input_bias, whole.correction.input_bias)

@@ -12,6 +12,7 @@ from comparing import (
     STORAGES,
     assert_close,
     assert_equal_integers,
+    assert_near,
     assert_steps,
     image,
     integers,
@@ -96,7 +97,9 @@ def test_int_gemm_finishes_its_result(backend: str, storage: torch.dtype) -> Non
         arguments = (numerics.stored(q, storage), packed, 0.037, 3, bias)
         y = ops.int_gemm(*arguments, geglu=geglu, backend=backend)
         assert_close(y, expected)
-        assert ops.int_gemm(*arguments, geglu=geglu, out_dtype=torch.float16, backend=backend).dtype == torch.float16
+        half = ops.int_gemm(*arguments, geglu=geglu, out_dtype=torch.float16, backend=backend)
+        assert half.dtype == torch.float16
+        assert_near(half, expected, 1e-3)
         for bits, zero_point in ((8, -3), (4, 2)):
             found = ops.int_gemm(*arguments, geglu=geglu, output=(0.05, zero_point, bits), backend=backend)
             assert_steps(found, numerics.quantize(expected.float(), 0.05, zero_point, bits))

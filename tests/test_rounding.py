@@ -66,7 +66,7 @@ def test_gptq_has_less_output_error_than_nearest(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_searched_scale_is_never_worse_than_the_full_range(bits: int) -> None:
+def test_searched_scale_is_never_worse_than_the_full_range_and_mostly_better(bits: int) -> None:
     weight, inputs = torch.randn(12, 40), _correlated(200, 40)
     full = weight.abs().amax(1) / numerics.weight_range(bits)[1]
     for given in (None, inputs):
@@ -78,6 +78,7 @@ def test_searched_scale_is_never_worse_than_the_full_range(bits: int) -> None:
             return (error @ probe.T).square().sum(1)
 
         assert bool((loss(scale) <= loss(full) * (1 + 1e-5)).all())
+        assert float(loss(scale).sum()) < (0.9 if bits == 4 else 0.995) * float(loss(full).sum())
 
 
 def test_zero_and_tiny_weights_are_defined() -> None:

@@ -14,6 +14,7 @@ import torch
 from networks import normal
 
 import qdiff_engine as qe
+from qdiff_engine.runtime import program
 
 NAME = "unet2d"
 SIZE = networks.CASES[NAME].shape
@@ -54,18 +55,20 @@ def hasty_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("hasty_threads")
-def test_threads_share_a_model() -> None:
-    """More prompts than are remembered, from four threads at once: every call returns what it returns alone."""
+def test_threads_share_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More prompts and timesteps than are remembered, from four threads: every call returns what it returns alone."""
+    monkeypatch.setattr(program, "_CACHED_TIMESTEPS", 2)
     model = networks.rebuilt(networks.integer_model("sd"))
-    x, prompts = normal(1, *networks.CASES["sd"].shape), [normal(1, 7, 24, seed=i) for i in range(6)]
-    expected = [networks.rebuilt(model)(x, 500, prompt).sample for prompt in prompts]
+    x = normal(1, *networks.CASES["sd"].shape)
+    given = [((100, 400, 700)[i % 3], normal(1, 7, 24, seed=i)) for i in range(6)]
+    expected = [networks.rebuilt(model)(x, *arguments).sample for arguments in given]
     wrong: list[object] = []
 
     def call(offset: int) -> None:
         try:
             for i in range(40):
-                at = (i + offset) % len(prompts)
-                if not torch.equal(model(x, 500, prompts[at]).sample, expected[at]):
+                at = (i + offset) % len(given)
+                if not torch.equal(model(x, *given[at]).sample, expected[at]):
                     wrong.append(at)
         except Exception as error:  # shown by the assertion, in the main thread
             wrong.append(error)
@@ -102,3 +105,11 @@ def test_what_pipelines_of_sdxl_ask() -> None:
     given = pipelines.StableDiffusionXLPipeline._get_add_time_ids(holder, *sizes, torch.float32, 16)
     assert given.tolist() == [[64, 64, 0, 0, 64, 64]]
     assert not hasattr(networks.integer_model(NAME), "add_embedding")
+
+
+def test_a_model_may_be_told_not_to_look_for_nan() -> None:
+    model, x = networks.rebuilt(networks.integer_model(NAME), check=False), normal(1, *SIZE)
+    x[0, 0, 0, 0] = float("nan")
+    assert not bool(torch.isfinite(model(x, 500).sample).all())
+    with pytest.raises(ValueError, match="sample holds NaN"):
+        networks.integer_model(NAME)(x, 500)

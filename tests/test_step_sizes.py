@@ -16,8 +16,9 @@ from qdiff_engine import numerics
 from qdiff_engine.graph.ir import Const, Node, Ref
 from qdiff_engine.quantization import make_table, quantize
 from qdiff_engine.recipe import Recipe
+from qdiff_engine.reconstruction.adaround import sharpness
 from qdiff_engine.reconstruction.blocks import Block
-from qdiff_engine.reconstruction.learning import BlockData, BlockNetwork, learn_rounding
+from qdiff_engine.reconstruction.learning import BlockData, BlockNetwork, learn_rounding, mixed
 from qdiff_engine.reconstruction.quantizers import RowQuantizer
 from qdiff_engine.reconstruction.step_sizes import StepSizes, learnt_table
 from qdiff_engine.rounding import gptq
@@ -111,6 +112,19 @@ def test_learning_finds_a_better_step_than_a_bad_one_for_each_row() -> None:
         errors[learn] = error(weight, found, x, deployed)
     assert errors[True] < 0.7 * errors[False], errors
     assert float(deployed.scale[0, 0]) < float(deployed.scale[1, 0])
+
+
+def test_quantisation_is_dropped_at_random() -> None:
+    """QDrop: of a block's entries, and of what its quantisers give; and AdaRound's sharpness waits, then falls."""
+    generator, zeros, ones = torch.Generator().manual_seed(0), torch.zeros(4, 5000), torch.ones(4, 5000)
+    rows = torch.zeros(4, dtype=torch.int64)
+    data = BlockData({"e": zeros}, {"e": ones}, {"e": 1}, zeros, rows)  # 0 where quantised, 1 where floating
+    for drop in (0.0, 0.5, 1.0):
+        assert float(mixed(data, torch.arange(4), drop, generator)["e"].mean()) == pytest.approx(drop, abs=0.02)
+    start = table([0.5], [0], [4])
+    y = RowQuantizer(start, rows, (0.5, generator))(start.sites[0], 0.1 * ones)  # its integers are 0
+    assert float((y != 0).float().mean()) == pytest.approx(0.5, abs=0.02)
+    assert [sharpness(i, 10) for i in (0, 1, 2)] == [None, None, 20.0] and 2 < sharpness(9, 10) < 5
 
 
 def test_only_the_learnt_precision_takes_what_was_learnt() -> None:

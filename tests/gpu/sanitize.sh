@@ -11,8 +11,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 command -v compute-sanitizer >/dev/null || { echo "sanitize.sh: compute-sanitizer is not on the PATH (it comes with the CUDA toolkit)" >&2; exit 1; }
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "sanitize.sh: there is no NVIDIA GPU here" >&2; exit 1; }
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-tests=(tests/test_kernels_*.py)
+tests=(tests/test_kernels_*.py tests/test_weight_groups.py)
 chosen="exact or epilogue or geglu or floating or definition or upsamples or skip or layernorm_quantize or denoise_step"
+chosen="$chosen or descriptors or statistics or packed or triton"
 status=0
 for tool in "${@:-memcheck racecheck initcheck synccheck}"; do
     for one in $tool; do
