@@ -167,6 +167,8 @@ def network_rows(bench: Bench, name: str, batch: int, precisions: tuple[str, ...
         except ValueError as error:  # of a random network at the fewest bits, say: the others have their rows
             print(f"{name}, batch {batch}, {precision} is left out: {error}", file=sys.stderr, flush=True)
     made = [entry for entry in made if entry[0] in errors]
+    if not made:
+        raise ValueError(f"{name}, batch {batch}: no precision has a sane output")
     times = timed(bench, {p: run for p, _, run, _ in made} | floats, len(inputs))
     rows = []
     for precision, model, _, peak in made:

@@ -65,8 +65,9 @@ CpuFeatures cpu_features() { return {}; }
 
 bool keep_freed_memory() {
 #if defined(__GLIBC__)
-    constexpr int kept = 1 << 30;  // bytes; more than that at the heap's end goes back to the system
-    return mallopt(M_MMAP_MAX, 0) && mallopt(M_TRIM_THRESHOLD, kept);
+    // bytes at the heap's end: with more of them free, all but so many go back. Those never touched cost no memory
+    constexpr int kept = 1 << 30;
+    return mallopt(M_MMAP_MAX, 0) && mallopt(M_TRIM_THRESHOLD, kept) && mallopt(M_TOP_PAD, kept);
 #else
     return false;
 #endif

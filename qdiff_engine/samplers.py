@@ -22,14 +22,14 @@ _UNCLIPPED = torch.finfo(torch.float32).max
 _LARGEST = 2**62  # of counts and seeds, so that sums of a few of them are 64-bit integers
 
 
-def check_count(name: str, value: Any, least: int = 1) -> int:
-    """``value`` as an int of at least ``least``, or an error that names the argument."""
+def check_count(name: str, value: Any, least: int = 1, most: int = _LARGEST) -> int:
+    """``value`` as an int from ``least`` to ``most``, or an error that names the argument."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
-    if value > _LARGEST:
-        raise ValueError(f"{name} must be at most {_LARGEST}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
     return value
 
 

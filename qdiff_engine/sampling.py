@@ -24,7 +24,9 @@ from .tables import Correction
 
 Conditioning = Mapping[str, Any] | Callable[[int], Mapping[str, Any]] | None
 Hearing = Callable[[Any], Mapping[str, Any]]  # indices of samples -> the keyword arguments of a call for them
-_PROMPTS = 4  # calls whose arguments a loop keeps: integer models know them again by the tensors themselves
+# calls whose arguments a loop keeps, since integer models know them by the tensors themselves; with more batches than
+# that in a loop, prompts are heard anew at every step
+_PROMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,12 @@ def _parameter(network: Any) -> Tensor | None:
 @contextlib.contextmanager
 def evaluating(unet: nn.Module) -> Iterator[None]:
     """``unet`` in eval mode, and every module of it back as it was afterwards."""
-    before = {module: module.training for module in unet.modules()}
+    before, was_training = {module: module.training for module in unet.modules()}, unet.training
     unet.eval()
     try:
         yield
     finally:
+        unet.train(was_training)  # which some modules do more at than note it
         for module, training in before.items():
             module.training = training
 
@@ -329,7 +332,7 @@ def sample(
         ValueError: an argument out of range, NaN, or with ``strict`` corrections for another sampler.
     """
     n, *image = check_shape(shape, 4)
-    noise = initial_noise((n, *image), check_count("seed", seed, least=0))
+    noise = initial_noise((n, *image), check_count("seed", seed, least=0, most=2**64 - 1))
     guidance = Guidance(guidance_scale, unconditional, conditioning)
     with corrections(model, scheduler, steps, eta, guidance_scale, correction, strict) as found:
         return denoise(

@@ -264,7 +264,7 @@ def test_doctor(run: Run) -> None:
     assert all(set(status) == {"available", "reason"} for status in data["backends"].values())
     assert data["verdict"].endswith(".")
     features, exact = data["cpu"]["features"], data["backends"]["onednn"]["available"]
-    quick = any(features.get(name) for name in ("avx512_vnni", "amx_int8"))
+    quick = any(features.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
     if data["extension"]["built"] and exact and quick:
         assert data["fast"] and data["verdict"].startswith("Fast for integers")
     assert len(data["gpus"]) == len(data["gpu_details"]) == torch.cuda.device_count()

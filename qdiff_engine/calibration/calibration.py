@@ -162,6 +162,7 @@ def calibrate(
     ready = prepared(scheduler, steps)
     step_arguments(ready, eta, seed, samples)  # a wrong eta is known before the work
     model = captured(unet, shape_, guidance)
+    model.constants = _owned(model.constants, unet)
     key = calibration_key(model.model_hash, scheduler, steps, samples, seed, eta, guidance)
     # equal parameters may belong to other code: the graph tells it apart
     progress = {**key, "shape": list(shape_), "batch": batch, "graph": fingerprint(to_json(model.graph))}
@@ -183,6 +184,12 @@ def calibrate(
         on_step=recorder.finish_step,
     )
     return dataclasses.replace(recorder.result(key, shape_), scheduler=scheduler, guidance=guidance)
+
+
+def _owned(constants: dict[str, Tensor], unet: nn.Module) -> dict[str, Tensor]:
+    """Copies of what lies in the module's own memory: its parameters may train on, the calibration's stay."""
+    lent = {value.untyped_storage().data_ptr() for value in (*unet.parameters(), *unet.buffers())}
+    return {k: v.clone() if v.untyped_storage().data_ptr() in lent else v for k, v in constants.items()}
 
 
 def _check_capture(unet: nn.Module, model: Capture, noise: Tensor, scheduler: Any, guidance: Guidance) -> None:

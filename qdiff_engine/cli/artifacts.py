@@ -379,7 +379,7 @@ def is_artifact(source: str) -> bool:
     from ..runtime.artifact_config import GRAPH
     from ..runtime.files import previous_of
 
-    return any(os.path.exists(os.path.join(folder, GRAPH)) for folder in (source, previous_of(source)))
+    return os.path.exists(os.path.join(source if os.path.isdir(source) else previous_of(source), GRAPH))
 
 
 def _count_model(source: str, recipe: Any, conditioning: Path | None) -> Any:

@@ -101,8 +101,6 @@ def capture(unet: nn.Module, shape: tuple[int, ...], conditioning: Mapping[str, 
         to_json(graph)  # what cannot be saved is known before the long work
     except TypeError as error:
         raise ValueError(f"unet of type {type(unet).__name__} cannot be captured: {error}") from error
-    if net is unet:  # what is captured stays as it is when the caller's parameters change
-        constants = {key: value.clone() for key, value in constants.items()}
     return Capture(graph, constants, hash_parameters(unet), _config(unet))
 
 

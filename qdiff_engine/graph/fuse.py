@@ -194,7 +194,7 @@ def _scaled_norm(rewriter: Rewriter, node: Node) -> tuple[Node | None, Ref | Non
             continue
         for value, factor in (mul.args, mul.args[::-1]):
             norm, one_plus = rewriter.producer(value), rewriter.producer(factor)
-            if norm is None or norm.op != "group_norm" or rewriter.only_user(norm) is None:
+            if norm is None or norm.op != "group_norm" or rewriter.only_user(norm) is None or norm.shape != node.shape:
                 continue
             plus_one = one_plus is not None and one_plus.op == "add" and one_plus.args[1:] == (1,)
             if one_plus is not None and plus_one and _per_channel(rewriter, one_plus.args[0], node):

@@ -41,7 +41,7 @@ class Const:
         return f"${self.key}"
 
 
-@dataclass
+@dataclass(eq=False)
 class Node:
     """One operation. ``section`` says what its value depends on: prompt (conditioning only), time (the timestep,
     not the latents) or main (the latents)."""

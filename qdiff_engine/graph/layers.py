@@ -96,6 +96,7 @@ def _pointwise_to_linear(rewriter: Rewriter, node: Node, constants: dict[str, Te
     before.section = linear.section = node.section
     rewriter.insert_before(node, before, linear)
     node.op, node.args, node.kwargs = "transpose", (Ref(linear.name), 1, 2), {}
+    rewriter.refresh()
 
 
 def _convolution_arguments(node: Node, axes: int) -> tuple[Any, ...]:

@@ -31,11 +31,17 @@ def available() -> tuple[bool, str]:
 
 
 def cpu_features() -> dict[str, bool]:
-    """Instruction sets this processor offers: avx2, avx512, avx512_vnni, amx_int8, dotprod."""
+    """Instruction sets this processor offers: avx2, avx512, avx512_vnni, avx_vnni, amx_int8, dotprod."""
     return kernels().cpu_features()
 
 
-_MALLOC_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+_MALLOC_SETTINGS = (
+    "GLIBC_TUNABLES",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+    "MALLOC_TRIM_THRESHOLD_",
+)
 
 
 @functools.cache

@@ -83,7 +83,7 @@ def check_replaceable(target: Path, names: frozenset[str]) -> None:
         return
     if not target.is_dir():
         raise FileExistsError(f"{target} is a file, not a folder: choose another place")
-    if os.path.ismount(target) or os.path.samefile(target, os.curdir):
+    if os.path.ismount(target) or _is_working_folder(target):
         raise FileExistsError(f"{target} is the working folder or a mount point, which stays: name a folder in it")
     with os.scandir(target) as entries:
         found = {entry.name: entry.is_file() for entry in entries}
@@ -91,6 +91,13 @@ def check_replaceable(target: Path, names: frozenset[str]) -> None:
         other = min(set(found) - names, default="")
         detail = f"it holds {other!r}" if other else f"it lacks some of {', '.join(sorted(names))}"
         raise FileExistsError(f"{target} is neither empty nor an artifact ({detail}): choose another folder")
+
+
+def _is_working_folder(target: Path) -> bool:
+    try:
+        return os.path.samefile(target, os.curdir)
+    except OSError:  # one that this process may not enter, or that is gone
+        return False
 
 
 def remove_folder(folder: str | os.PathLike[str]) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import numbers
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -139,7 +139,7 @@ class IntegerUNet(nn.Module):
         """What SDXL's pipelines ask of their unet: the number of features of its added embedding."""
         features = self.model_config.get("projection_class_embeddings_input_dim")
         if features is None:
-            raise AttributeError("the unet's configuration has no projection_class_embeddings_input_dim")
+            raise AttributeError("add_embedding")
         return SimpleNamespace(linear_1=SimpleNamespace(in_features=features))
 
     @property
@@ -335,13 +335,10 @@ class IntegerUNet(nn.Module):
         """As ``to("cuda")``."""
         return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
 
-    def cpu(self) -> IntegerUNet:
-        """As ``to("cpu")``."""
-        return self.to("cpu")
-
-    def half(self) -> IntegerUNet:
-        """As ``to(torch.float16)``."""
-        return self.to(torch.float16)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerUNet:
+        """``cpu()``, ``half()``, ``float()`` and others of `nn.Module`: as `to` what they would make of a tensor."""
+        moved = fn(torch.empty(0, dtype=self._dtype, device=self._device))
+        return self.to(moved.device, moved.dtype)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -379,6 +376,8 @@ def load(
     try:
         return IntegerUNet(**parts, device=device, backend=backend, **options)
     except (ArithmeticError, AssertionError, AttributeError, LookupError) as error:  # of a stranger's graph
+        if tune:  # which runs kernels, whose failures are their own
+            raise
         raise ArtifactError(f"graph.json: a node lacks an argument, or has a wrong one: {error!r:.200}") from error
 
 

@@ -144,7 +144,7 @@ def box(
 
 
 def in_float32(variant: Variant) -> Variant:
-    """The same launch for float32 activations, whose parts TensorFloat-32 multiplies exactly."""
+    """The same launch for float32 activations, multiplied in two parts of TensorFloat-32."""
     images = {name: "*fp32" for name in variant.types if name in ("x", "x2")}
     return dataclasses.replace(variant, types={**variant.types, **images}, expects=r"mma.*tf32")
 
@@ -207,6 +207,8 @@ def products() -> Iterator[Variant]:
             gemm("w8a32-geglu", arch, FLOAT32, floating=True, geglu=True),
             conv("w8a32", arch, FLOAT32, floating=True),
             conv("w4a32-two-segments", arch, FLOAT32, bits=4, floating=True, kernel=1, two=True),
+            conv("w8a32-statistics", arch, FLOAT32, floating=True, chunk=64),
+            conv("w8a32-packs", arch, FLOAT32._replace(block_n=64), floating=True, packed_out=True),
             conv("w8a32-few-channels-in", arch, FLOAT32, aligned=False, floating=True),
         ):
             yield in_float32(variant)
