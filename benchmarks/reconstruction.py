@@ -60,6 +60,8 @@ def plan(quick: bool) -> list[sections.Section]:
     many = [Contestant("w4a4", weights=weights) for weights in ("nearest", "gptq")]
     many.append(Contestant("w4a4", weights="adaround", align="accuquant:5"))
     found.append(section("w4a4 50 steps", corrected(many), steps=50))
+    longer = [Contestant("w4a4", weights="adaround", align=f"accuquant:{group}") for group in (10, 25)]
+    found.append(section("w4a4 longer groups of 50 steps", corrected(longer), steps=50))
     for precision in PRECISIONS:  # rounding on as many pairs, then alignment of it on the whole set and on parts of it
         sets = [Contestant(precision, weights="gptq", learn_pairs=pairs) for pairs in LEARN_PAIRS]
         sets += [Contestant(precision, weights="gptq", align="accuquant:5", pairs=pairs) for pairs in PAIRS]

@@ -236,7 +236,7 @@ def int_conv2d(
     channels = [segment.channels for segment in segments]
     (r, s), (stride_h, stride_w), (dilation_h, dilation_w) = geometry.kernel, geometry.stride, geometry.dilation
     alignment = _box_alignment(images[0], segments, geometry)
-    size, terms = (m, n, r * s * channels[0]), {"k_multiple": channels[0], "statistics": chunk > 0}
+    size, terms = (m, n, r * s * channels[0], out_packed), {"k_multiple": channels[0], "statistics": chunk > 0}
     launch = launch or chosen_launch(x, *size, **terms, alignment=alignment)
     box = box_of(launch.tile.block_m, batch, out_height, out_width)
     if launch.descriptors and chunk and not holds_chunks(box, chunk, out_height, out_width):

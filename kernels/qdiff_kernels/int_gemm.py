@@ -25,6 +25,7 @@ from .packing import BLOCK, KernelWeight, packed_width
 from .tiles import (
     DESCRIPTOR_ALIGNMENT,
     FLOAT32,
+    FLOAT32_PACKING,
     GROUP_M,
     INTERPRETED,
     Launch,
@@ -209,7 +210,7 @@ def int_gemm(
     out = torch.empty((m, out_width), dtype=dtype, device=x.device)
     if out.numel():
         alignment = row_alignment(matrix, weight.values)
-        launch = launch or chosen_launch(x, m, n, k, alignment=alignment, statistics=chunk > 0)
+        launch = launch or chosen_launch(x, m, n, k, out_packed, alignment=alignment, statistics=chunk > 0)
         tile, splits = (paired(launch.tile), 1) if geglu else launch[:2]
         tile = grouped(tile, weight.group) if weight.group else tile
         tile = tile._replace(block_n=max(tile.block_n, BLOCK)) if out_packed else tile
@@ -267,12 +268,15 @@ def described(
     )
 
 
-def chosen_launch(x: Tensor, m: int, n: int, k: int, **terms: Any) -> Launch:
-    """The tile table's choice for the device of ``x`` (see `tiles.choose`); one tile for all in the interpreter."""
+def chosen_launch(x: Tensor, m: int, n: int, k: int, packs: bool = False, **terms: Any) -> Launch:
+    """The tile table's choice for the device of ``x`` (see `tiles.choose`); one tile for all in the interpreter.
+
+    packs: the result is written two values to a byte.
+    """
     if not ASSEMBLY:
         return Launch(INTERPRETED, 1)
     if x.dtype == torch.float32:
-        return Launch(FLOAT32, 1)
+        return Launch(FLOAT32_PACKING if packs else FLOAT32, 1)
     device = torch.cuda.get_device_properties(x.device)
     arch = architecture((device.major, device.minor))
     return choose(arch, m, n, k, device.multi_processor_count, **terms)

@@ -50,6 +50,7 @@ DESCRIPTOR_TILES = {
 }
 NARROW = Tile(128, 16, 64, 4, 4)  # outputs of at most 16 channels: the last convolution
 FLOAT32 = Tile(64, 32, 64, 8, 2)  # float32 activations take four bytes a value, and three products of parts of them
+FLOAT32_PACKING = Tile(32, 64, 64, 8, 2)  # the same where the result is two values to a byte: 64 columns at least
 INTERPRETED = Tile(128, 128, 256, 1, 1)  # the interpreter's time goes by programs and blocks, not by elements
 GROUP_M = 8  # tiles of neighbouring rows that run together and share the weights in the L2 cache
 DESCRIPTOR_ALIGNMENT = 16  # bytes, of addresses and strides

@@ -9,7 +9,17 @@ import triton
 from compiler import Variant
 from qdiff_kernels.group_statistics import MERGED_BLOCKS
 from qdiff_kernels.int_conv2d_box import Box, box_of
-from qdiff_kernels.tiles import DESCRIPTOR_TILES, FLOAT32, INTEGER_TILES, NARROW, TILES, Tile, grouped, paired
+from qdiff_kernels.tiles import (
+    DESCRIPTOR_TILES,
+    FLOAT32,
+    FLOAT32_PACKING,
+    INTEGER_TILES,
+    NARROW,
+    TILES,
+    Tile,
+    grouped,
+    paired,
+)
 
 _MATRICES = dict.fromkeys(("weight_scale", "quantization", "bias"), "*fp32") | {
     "x": "*i8", "weight": "*i8", "weight_sum": "*i32", "residual": "*fp16", "out": "*fp16",
@@ -208,7 +218,7 @@ def products() -> Iterator[Variant]:
             conv("w8a32", arch, FLOAT32, floating=True),
             conv("w4a32-two-segments", arch, FLOAT32, bits=4, floating=True, kernel=1, two=True),
             conv("w8a32-statistics", arch, FLOAT32, floating=True, chunk=64),
-            conv("w8a32-packs", arch, FLOAT32._replace(block_n=64), floating=True, packed_out=True),
+            conv("w8a32-packs", arch, FLOAT32_PACKING, floating=True, packed_out=True),
             conv("w8a32-few-channels-in", arch, FLOAT32, aligned=False, floating=True),
         ):
             yield in_float32(variant)
