@@ -7,6 +7,7 @@ input may be read upsampled (nearest), and a skip concatenation in two segments,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -236,11 +237,13 @@ def int_conv2d(
     channels = [segment.channels for segment in segments]
     (r, s), (stride_h, stride_w), (dilation_h, dilation_w) = geometry.kernel, geometry.stride, geometry.dilation
     alignment = _box_alignment(images[0], segments, geometry)
-    size, terms = (m, n, r * s * channels[0], out_packed), {"k_multiple": channels[0], "statistics": chunk > 0}
-    launch = launch or chosen_launch(x, *size, **terms, alignment=alignment)
+    chosen = functools.partial(
+        chosen_launch, x, m, n, r * s * channels[0], out_packed, k_multiple=channels[0], statistics=chunk > 0
+    )
+    launch = launch or chosen(alignment=alignment)
     box = box_of(launch.tile.block_m, batch, out_height, out_width)
     if launch.descriptors and chunk and not holds_chunks(box, chunk, out_height, out_width):
-        launch = chosen_launch(x, *size, **terms, alignment=1)
+        launch = chosen(alignment=1)
     if launch.descriptors and (alignment % DESCRIPTOR_ALIGNMENT or not alignment or channels[0] % launch.tile.block_k):
         needed = "one integer segment, strides of 1, and whole blocks of channels"
         raise ValueError(f"descriptors need {needed}, got {channels} channels, {geometry}, {launch.tile}")
