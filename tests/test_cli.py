@@ -403,8 +403,12 @@ def test_alignment_killed_and_resumed_gives_the_same_bytes(run: Run, tmp_path: P
     assert all(killed[part] == whole[part] for part in ("align", "agreement"))
     agreement, whole = whole["agreement"], whole["align"]
     assert not (tmp_path / "killed.partial").exists()
+    with networks.threads(1):
+        again = loaded(run(*arguments, "30", "--align-recompute", "--out", tmp_path / "recomputed", "--json"))
+    assert again["align"]["memory_bytes"] < whole["memory_bytes"]
     for name in ("config.json", "graph.json", "model.safetensors"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        for other in ("whole", "recomputed"):
+            assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / other / name).read_bytes(), (name, other)
     assert all("MB at its peak" in error for _, _, error in done)
     assert (whole["group"], whole["iterations"], whole["batch"]) == (2, 30, 1)
     assert whole["end_error"] < whole["end_error_before"] and whole["memory_bytes"] > 1e5
@@ -565,22 +569,57 @@ def test_conditioning_keys_nest_by_dots(tmp_path: Path) -> None:
         read_conditioning(path)
 
 
-def test_conditioning_that_is_missing_is_named(run: Run, tmp_path: Path) -> None:
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """A diffusers folder of a network that wants class labels; norms of one channel a group would remove them."""
     from diffusers import DDIMScheduler, UNet2DModel
 
     blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "num_class_embeds": 3}
-    UNet2DModel(**sizes, block_out_channels=(32,), **blocks).save_pretrained(tmp_path / "m" / "unet")
+    torch.manual_seed(0)
+    UNet2DModel(**sizes, block_out_channels=(64,), **blocks).save_pretrained(tmp_path / "m" / "unet")
     DDIMScheduler().save_pretrained(tmp_path / "m" / "scheduler")
-    model, target, labels = tmp_path / "m", tmp_path / "art", tmp_path / "labels.safetensors"
+    return tmp_path / "m"
+
+
+def test_conditioning_that_is_missing_is_named(run: Run, classes: Path, tmp_path: Path) -> None:
+    target, labels = tmp_path / "art", tmp_path / "labels.safetensors"
     safetensors.torch.save_file({"class_labels": torch.tensor([2, 0])}, labels)
-    refused(run("calibrate", model, "--out", target), "class_labels", "--conditioning")
-    loaded(run("calibrate", model, *TINY, "--out", target, "--conditioning", labels, "--json"))
+    refused(run("calibrate", classes, "--out", target), "class_labels", "--conditioning")
+    loaded(run("calibrate", classes, *TINY, "--out", target, "--conditioning", labels, "--json"))
     refused(run("sample", target, "--out", tmp_path / "x.png"), "class_labels", "--conditioning")
     refused(run("bench", target), "class_labels", "--conditioning")
-    data = loaded(run("compare", target, "--reference", model, "--n", 3, "--conditioning", labels, "--json"))
+    data = loaded(run("compare", target, "--reference", classes, "--n", 3, "--conditioning", labels, "--json"))
     assert data["samples"] == 3 and data["psnr_db"] > 20
-    assert loaded(run("bops", model, "--recipe", "w8a8", "--json")) == loaded(run("bops", target, "--json"))
+    assert loaded(run("bops", classes, "--recipe", "w8a8", "--json")) == loaded(run("bops", target, "--json"))
+
+
+def test_guidance_from_calibration_to_images(run: Run, classes: Path, tmp_path: Path) -> None:
+    """Both branches reach calibration, the images, the comparison and the clock, with the labels of the file."""
+    from diffusers import UNet2DModel
+
+    target, file, out = tmp_path / "art", tmp_path / "labels.safetensors", tmp_path / "x.safetensors"
+    labels, none = torch.tensor([2, 0]), torch.tensor([1])
+    safetensors.torch.save_file({"class_labels": labels, "unconditional.class_labels": none}, file)
+    guided = ["--conditioning", file, "--guidance", "2.5"]
+    loaded(run("calibrate", classes, *TINY, "--recipe", "w8a8", "--out", target, *guided, "--json"))
+    model = qe.load(target)
+    assert model.key["guidance_scale"] == 2.5
+
+    loaded(run("sample", target, "--n", 4, "--steps", 6, "--seed", 1, "--out", out, *guided, "--json"))
+    branches: dict[str, Any] = {"conditioning": {"class_labels": labels}, "unconditional": {"class_labels": none}}
+    arguments: tuple[Any, ...] = (scheduler_of(model.key), (4, 1, 8, 8), 6, 1)
+    expected = qe.sample(model, *arguments, guidance_scale=2.5, **branches)
+    written = safetensors.torch.load_file(out)["samples"]
+    assert torch.equal(written, expected)
+    assert not torch.equal(written, qe.sample(model, *arguments, conditioning=branches["conditioning"]))
+
+    compared = loaded(run("compare", target, "--reference", classes, "--n", 3, *guided, "--json"))
+    unet = UNet2DModel.from_pretrained(classes, subfolder="unet")
+    settings: dict[str, Any] = {"steps": 6, "samples": 3, "seed": 0, "guidance_scale": 2.5, **branches}
+    assert compared["psnr_db"] == pytest.approx(qe.compare(model, unet, arguments[0], **settings).psnr_db)
+    timed = loaded(run("bench", target, "--batch", 3, "--repetitions", 1, *guided, "--json"))
+    assert (timed["batch"], timed["rows_per_call"]) == (3, 6)
 
 
 @pytest.mark.parametrize(
