@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from aligning import GUIDED, calibrated, quantised
+from aligning import GUIDED, calibrated, distance, in_float64, quantised, taken, through_autograd
 from networks import SAMPLES, STEPS, ddim, normal, relative
-from torch import Tensor
 
 import qdiff_engine as qe
 from qdiff_engine.alignment.alignment import end_errors
@@ -19,52 +17,11 @@ from qdiff_engine.alignment.gradient import accumulate_gradient, rollout
 from qdiff_engine.alignment.learnt import Learnt, Simulation
 from qdiff_engine.alignment.memory import estimated, held_by
 from qdiff_engine.alignment.path import FloatNetwork, FusedSteps, Moment, float_path, fused_step
-from qdiff_engine.alignment.path import Path as FloatPath
 from qdiff_engine.alignment.training import AlignmentSettings
 from qdiff_engine.graph.interpret import fake_quantize
 from qdiff_engine.memory import SavedBytes
-from qdiff_engine.runtime.model import IntegerUNet
 from qdiff_engine.samplers import Stepper
 from qdiff_engine.sampling import denoise
-
-
-def in_float64(model: IntegerUNet, path: FloatPath) -> tuple[Learnt, Simulation, list[Moment]]:
-    learnt = Learnt(model, dtype=torch.float64)
-    with torch.no_grad():  # away from the start, where p = d = 0
-        for i, (_, parameter) in enumerate(learnt.named()):
-            parameter += 0.05 * normal(*parameter.shape, seed=i).double()
-    moments = [dataclasses.replace(m, latents=m.latents.double()) for m in path.moments[0]]
-    return learnt, Simulation(model, learnt), moments
-
-
-def through_autograd(
-    simulation: Simulation, path: FloatPath, start: Moment, count: int, target: Tensor, stop: bool
-) -> None:
-    """The oracle: one graph over all steps, with x' = x + (step(sg(x)) - sg(x)), or without stopping anything."""
-    moment = start
-    for _ in range(count):
-        x = moment.latents
-        held = dataclasses.replace(moment, latents=x.detach() if stop else x)
-        timestep = path.steps.timesteps[moment.index]
-        e = path.guidance.prediction(simulation, path.steps.received(held), timestep, moment.samples)
-        after = path.steps.advance(held, e)
-        moment = dataclasses.replace(after, latents=x + (after.latents - held.latents) if stop else after.latents)
-    (moment.latents - target).square().mean().backward()
-
-
-def taken(learnt: Learnt) -> dict[str, Tensor]:
-    """Every gradient, and a clean slate."""
-    found = {name: p.grad.clone() for name, p in learnt.named() if p.grad is not None}
-    for _, parameter in learnt.named():
-        parameter.grad = None
-    return found
-
-
-def distance(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    assert actual.keys() == expected.keys() and actual
-    flat = [torch.cat([g[name].flatten() for name in sorted(g)]) for g in (actual, expected)]
-    return relative(flat[0], flat[1])
-
 
 SAMPLERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "ddim": (ddim, {}),

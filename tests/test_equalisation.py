@@ -17,6 +17,7 @@ from torch import Tensor
 
 import qdiff_engine as qe
 from qdiff_engine import equalisation, numerics, ops, quantization
+from qdiff_engine.alignment.training import AlignmentSettings
 from qdiff_engine.calibration.calibration import Calibration
 from qdiff_engine.equalisation import Reader, candidates, output_errors, search, with_factors
 from qdiff_engine.graph.factors import FACTORS, LIMIT, channel_axis, factor_keys, readers
@@ -270,3 +271,13 @@ def test_factors_belong_to_quantisers() -> None:
     graph = dataclasses.replace(model.graph, nodes=nodes)
     with pytest.raises(ArtifactError, match="must name the factors of a quantiser"):
         artifact.check_agreement(dataclasses.replace(_artifact(model, model.constants), graph=graph))
+
+
+def test_alignment_chooses_between_integers_of_the_divided_weights() -> None:
+    name, settings = "scale-shift", AlignmentSettings(group=2, iterations=2, batch=2, rounding=True)
+    plain = quantize(networks.network(name), networks.calibration(name), Recipe.named("w8a8"))
+    for model, other in ((quantised(name, "w8a8"), networks.calibration(name)), (plain, divided(name))):
+        with pytest.raises(ValueError, match=r"not equalised as the model is.*equalised\(calibration, model.recipe\)"):
+            qe.align(model, other, settings)
+    model = quantised(name, "w8a8")
+    assert not torch.equal(qe.align(model, divided(name), settings).table.scale, model.table.scale)

@@ -1,4 +1,4 @@
-"""IntegerUNet + Calibration -> IntegerUNet whose step sizes are learnt over groups of steps; the integers stay."""
+"""IntegerUNet + Calibration -> IntegerUNet whose step sizes, and if asked rounding, are learnt over groups of steps."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from torch import Tensor
 from ..calibration.calibration import Calibration
 from ..calibration.checkpoint import Checkpoint, fingerprint
 from ..calibration.selection import selected_pairs
+from ..graph.factors import factor_keys
 from ..memory import memory_errors
 from ..models import usable_device
 from ..pair_requests import parse_selection
 from ..recipe import Recipe, check_align
+from ..reconstruction.layers import layers, segments
+from ..reconstruction.stage import recorded_inputs
 from ..runtime.model import IntegerUNet
 from ..samplers import check_count, coefficients, prepared
 from .gradient import rollout
 from .learnt import Learnt, Simulation
 from .memory import Memory, estimated
 from .path import Path, float_path
+from .rounding import Originals
 from .training import AlignmentSettings, Progress, Trainer, group_starts
 
 _ERROR_BATCHES = 2  # of the float path, that the error at the groups' ends is measured on
@@ -39,14 +43,17 @@ def align(
     on_start: Callable[[Memory], None] | None = None,
     on_iteration: Callable[[Progress], None] | None = None,
 ) -> IntegerUNet:
-    """``model`` with learnt activation scales, zero points and weight scales: a new model with the same integers.
+    """``model`` with learnt activation scales, zero points and weight scales: a new model.
+
+    Its integers stay, unless ``settings.rounding`` lets each weight choose again between two.
 
     Groups of M consecutive steps start on the calibration's float trajectories and run in a differentiable simulation;
     the loss compares their last latents with the float ones. Memory does not depend on M; see `gradient`.
 
     Args:
         model: from `quantize`; not corrected yet, since corrections are measured on what alignment changes.
-        calibration: the one that the model was made with.
+        calibration: the one that the model was made with; of an equalised model, and to learn rounding, what
+            `quantization.equalised` gives.
         settings: group size, iterations, batch and learning rates; by default the recipe's group.
         device: where the simulation learns.
         cache_dir: folder for work in progress; an interrupted run with the same arguments resumes there.
@@ -70,7 +77,7 @@ def align(
         path = float_path(calibration, settings.batch)
         selection = parse_selection(settings.pairs)
         pairs = None if selection.kind == "every" else selected_pairs(calibration, selection, settings.seed)
-        learnt = Learnt(model, device)
+        learnt = Learnt(model, device, originals=originals(model, calibration) if settings.rounding else None)
         simulation = Simulation(model, learnt, settings.recompute)
         if on_start is not None:
             on_start(estimated(simulation, path, settings.batch))
@@ -80,13 +87,33 @@ def align(
     return IntegerUNet(
         graph=model.graph,
         weights=learnt.weights(),
-        constants=model.constants,
+        constants=learnt.constants(model),
         table=learnt.table(),
         recipe=dataclasses.replace(model.recipe, align=f"accuquant:{settings.group}"),
         key=model.key,
         model_config=model.model_config,
         device=model.device,
         dtype=model.dtype,
+    )
+
+
+def originals(model: IntegerUNet, calibration: Calibration) -> Originals:
+    """What the integers of ``model`` stand for, and what they multiplied in the float network.
+
+    Raises:
+        ValueError: the calibration's network is not equalised like the model's.
+    """
+    constants, factors = calibration.capture.constants, factor_keys(model.graph)
+    alike = factors == factor_keys(calibration.capture.graph)
+    if not alike or any(not torch.equal(model.constants[key], constants[key]) for key in factors):
+        raise ValueError(
+            "calibration is not equalised as the model is, so that its weights are others; give "
+            "qdiff_engine.quantization.equalised(calibration, model.recipe)"
+        )
+    nodes = {node.kwargs["layer"]: node for node in layers(calibration.capture.graph)}
+    return Originals(
+        weights={layer: segments(node, constants) for layer, node in nodes.items()},
+        inputs={layer: recorded_inputs(calibration, node) for layer, node in nodes.items()},
     )
 
 
@@ -156,7 +183,7 @@ def check_settings(settings: Any, scheduler: Any, steps: int, samples: int, eta:
     length = len(ready.timesteps)
     if check_count("group", settings.group) > length and settings.iterations > 0:
         raise ValueError(f"group must be at most the sampler's {length} steps, got {settings.group}")
-    for name in ("scale_rate", "zero_point_rate", "weight_rate"):
+    for name in ("scale_rate", "zero_point_rate", "weight_rate", "rounding_rate"):
         value = getattr(settings, name)
         if not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")

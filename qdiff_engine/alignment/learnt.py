@@ -1,4 +1,5 @@
-"""What alignment learns: a step size and a zero point per quantiser and group of rows, and the weights' scales.
+"""What alignment learns: a step size and a zero point per quantiser and group of rows, the weights' scales, and, if
+asked, their rounding.
 
 Everything is held relative to where it starts, so that what has learnt nothing is what it was, bit for bit.
 """
@@ -21,6 +22,7 @@ from ..reconstruction.blocks import find_blocks
 from ..runtime.model import IntegerUNet
 from ..tables import Table, row_groups
 from ..weights import QuantizedWeight
+from .rounding import LearntRounding, Originals, with_biases_of
 
 _LIMIT = 3.0  # of |log| of a scale's change: 20 times
 _SHARED = 0  # the group of what the prompt alone feeds, which all rows share
@@ -32,13 +34,19 @@ class Learnt:
     Args:
         model: where to start; its integers stay what they are.
         device, dtype: of the parameters; float64 for checks.
+        originals: with them the rounding of the weights is learnt, too; otherwise the integers stay.
     """
 
     def __init__(
-        self, model: IntegerUNet, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        model: IntegerUNet,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        originals: Originals | None = None,
     ) -> None:
         table = self.table0 = model.table
         self.weights0, self.dtype, self.device = model.weights, dtype, torch.device(device)
+        self.originals = originals
         self.column = {site: i for i, site in enumerate(table.sites)}
         self.bits: list[list[int]] = table.bits.tolist()
         self.scale0 = table.scale.to(device, dtype)
@@ -48,22 +56,38 @@ class Learnt:
         self.group = row_groups(table.modes, model.recipe.row_group())
         zeros = [torch.zeros(len(table.sites), device=device, dtype=dtype) for _ in range(2 * (max(self.group) + 1))]
         self.log_scale, self.shift = (part for part in (zeros[0::2], zeros[1::2]))
-        self.fixed = {name: [w.dequantize(dtype).to(device) for w in parts] for name, parts in model.weights.items()}
+        self.fixed: dict[str, list[Tensor]] = {}
+        self.rounding: LearntRounding | None = None
+        if originals is None:
+            self.fixed = {k: [w.dequantize(dtype).to(device) for w in parts] for k, parts in model.weights.items()}
+        else:
+            self.rounding = LearntRounding(model.weights, originals, self.device, dtype)
         self.log_weight = {
-            name: [torch.zeros(len(w), device=device, dtype=dtype) for w in parts] for name, parts in self.fixed.items()
+            name: [torch.zeros(len(w.scale), device=device, dtype=dtype) for w in parts]
+            for name, parts in model.weights.items()
         }
         for _, parameter in self.named():
             parameter.requires_grad_()
         self._low, self._high = self._bounds()
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, parameter) of everything learnt; the name begins with its kind: scale, zero_point or weight."""
+        """(name, parameter) of what is learnt; the name begins with its kind: scale, zero_point, weight or rounding."""
         for g, (log_scale, shift) in enumerate(zip(self.log_scale, self.shift, strict=True)):
             yield f"scale.{g}", log_scale
             yield f"zero_point.{g}", shift
         for name, parts in self.log_weight.items():
             for i, part in enumerate(parts):
                 yield f"weight.{name}.{i}", part
+        if self.rounding is not None:
+            for name, choice in self.rounding.named():
+                yield f"rounding.{name}", choice
+
+    def held(self) -> Iterator[Tensor]:
+        """What every call reads of the weights, and nobody learns."""
+        for parts in self.fixed.values():
+            yield from parts
+        if self.rounding is not None:
+            yield from self.rounding.held()
 
     def affine(self, row: int) -> tuple[Tensor, Tensor]:
         """(scale, zero point) [S] of a row's quantisers; the rounding of the latter is straight through."""
@@ -86,18 +110,22 @@ class Learnt:
         return hook
 
     def weight(self, node: Node, segment: int, _: Tensor | None = None) -> Tensor:
-        """The dequantised weights that a layer's segment starts with."""
-        return self.fixed[node.kwargs["layer"]][segment]
+        """The weights of a layer's segment with the scales that they start with."""
+        layer = node.kwargs["layer"]
+        return self.fixed[layer][segment] if self.rounding is None else self.rounding.weight(layer, segment)
 
     def product(self, node: Node, segment: int, y: Tensor) -> Tensor:
         """A segment's product with the learnt scales: exp(w) y, which needs no gradient of the weights themselves."""
-        return y * torch.exp(self.log_weight[node.kwargs["layer"]][segment]).reshape(per_channel(node))
+        layer, shape = node.kwargs["layer"], per_channel(node)
+        shift = None if self.rounding is None else self.rounding.shift(layer, segment)
+        y = y if shift is None else y + shift.reshape(shape)
+        return y * torch.exp(self.log_weight[layer][segment]).reshape(shape)
 
     @torch.no_grad()
     def keep_representable(self) -> None:
         """Bring scales back within a factor of their start, and zero points within the range of their bits."""
         for name, parameter in self.named():
-            if not name.startswith("zero_point."):
+            if name.startswith(("scale.", "weight.")):
                 parameter.clamp_(-_LIMIT, _LIMIT)
         for g, shift in enumerate(self.shift):
             torch.clamp(shift, self._low[g], self._high[g], out=shift)
@@ -126,12 +154,23 @@ class Learnt:
 
     @torch.no_grad()
     def weights(self) -> dict[str, tuple[QuantizedWeight, ...]]:
-        """The same integers with the learnt scales."""
+        """The integers, or those that were chosen, with the learnt scales."""
+        return self._rescaled(self.weights0 if self.rounding is None else self.rounding.quantized())
+
+    @torch.no_grad()
+    def constants(self, model: IntegerUNet) -> dict[str, Tensor]:
+        """The constants of ``model``, where this started, with biases that take up what new integers change."""
+        if self.originals is None:
+            return model.constants
+        before = self._rescaled(self.weights0)
+        return with_biases_of(model.graph, model.constants, before, self.weights(), self.originals)
+
+    def _rescaled(self, weights: dict[str, tuple[QuantizedWeight, ...]]) -> dict[str, tuple[QuantizedWeight, ...]]:
         return {
             name: tuple(
                 w.rescaled(torch.exp(log).float().cpu()) for w, log in zip(parts, self.log_weight[name], strict=True)
             )
-            for name, parts in self.weights0.items()
+            for name, parts in weights.items()
         }
 
 

@@ -57,10 +57,9 @@ def estimated(simulation: Simulation, path: Path, batch: int) -> Memory:
 
 
 def held_by(simulation: Simulation) -> Iterator[Tensor]:
-    """The dequantised weights and the constants, which every call reads."""
+    """The weights that are not learnt and the constants, which every call reads."""
     yield from simulation.constants.values()
-    for parts in simulation.learnt.fixed.values():
-        yield from parts
+    yield from simulation.learnt.held()
 
 
 def _saved_by(simulation: Simulation, path: Path, count: int, held: list[Tensor]) -> int:

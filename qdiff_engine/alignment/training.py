@@ -31,10 +31,12 @@ class AlignmentSettings:
         group: M, consecutive steps whose end is compared.
         iterations: optimiser steps, each on one group and one batch, so that time grows with both; 0 learns nothing.
         batch: samples per network call (twice as many rows with guidance).
-        scale_rate, zero_point_rate, weight_rate: Adam's first step of log activation scales, of zero points (in
-            integers) and of log weight scales; a cosine takes them to zero.
+        scale_rate, zero_point_rate, weight_rate, rounding_rate: Adam's first step of log activation scales, of zero
+            points (in integers), of log weight scales, and of choices between two integers, which are 1 apart; a cosine
+            takes them to zero.
         pairs: which (x_t, t) of the calibration it learns on, see `calibration.selection`; "every" by default. A group
             learns from the samples that are selected at any of its steps, and not at all where there are none.
+        rounding: learn, too, which of its two neighbouring integers each weight becomes; otherwise the integers stay.
         seed: of the order of groups and batches, and of the selection.
         recompute: compute a call's activations again in its backward pass instead of keeping them: less memory, more
             time, the same bits.
@@ -46,7 +48,9 @@ class AlignmentSettings:
     scale_rate: float = 2e-2
     zero_point_rate: float = 1e-1
     weight_rate: float = 3e-3
+    rounding_rate: float = 1e-2
     pairs: str = "every"
+    rounding: bool = False
     seed: int = 0
     recompute: bool = False
 
@@ -119,6 +123,7 @@ class Trainer:
             "scale": settings.scale_rate,
             "zero_point": settings.zero_point_rate,
             "weight": settings.weight_rate,
+            "rounding": settings.rounding_rate,
         }
         self.parameters = dict(self.learnt.named())
         by_kind = [

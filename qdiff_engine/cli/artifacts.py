@@ -115,6 +115,7 @@ def calibrate(
     align_batch: int | None,
     align_recompute: bool,
     align_pairs: str,
+    align_rounding: bool,
     eta: float | None,
     guidance: float | None,
     conditioning: Path | None,
@@ -138,7 +139,7 @@ def calibrate(
     changes |= {"step_sizes": step_sizes} | ({} if weights is None else {"weights": weights})
     recipe = Recipe.named(recipe_name, **changes)
     check_correct(correction)
-    alignment = align_settings(align, align_iterations, align_batch, align_recompute, align_pairs, seed)
+    alignment = align_settings(align, align_iterations, align_batch, align_recompute, align_pairs, align_rounding, seed)
     place = use_machine(device, threads)
     guided = guidance_arguments(conditioning, guidance)
     loaded = load_model(model)

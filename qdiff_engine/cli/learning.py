@@ -93,8 +93,13 @@ def learning_now(progress: Any) -> str:
 
 
 def align_options(function: Function) -> Function:
-    """--align, --align-iterations, --align-batch, --align-recompute, --align-pairs."""
+    """--align, --align-iterations, --align-batch, --align-recompute, --align-pairs, --align-rounding."""
     for option in (
+        click.option(
+            "--align-rounding",
+            is_flag=True,
+            help="Learn again, too, which of its two neighbouring integers each weight becomes: more memory and time.",
+        ),
         click.option(
             "--align-recompute",
             is_flag=True,
@@ -201,7 +206,7 @@ def agreement_summary(layers: list[dict[str, Any]]) -> str:
 
 
 def align_settings(
-    align: str, iterations: int | None, batch: int | None, recompute: bool, pairs: str, seed: int
+    align: str, iterations: int | None, batch: int | None, recompute: bool, pairs: str, rounding: bool, seed: int
 ) -> Any:
     """The settings of ``--align``; None is a setting's default."""
     from ..alignment.training import AlignmentSettings
@@ -212,6 +217,7 @@ def align_settings(
     group = check_align(align)
     given: dict[str, Any] = {"iterations": iterations, "batch": batch}
     given |= {"recompute": recompute or None, "pairs": None if pairs == "every" else pairs}
+    given |= {"rounding": rounding or None}
     chosen = {name: value for name, value in given.items() if value is not None}
     if group is None:
         if chosen:

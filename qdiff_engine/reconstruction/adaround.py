@@ -34,16 +34,8 @@ class SoftWeight:
 
     @classmethod
     def of(cls, weight: Tensor, start: QuantizedWeight) -> SoftWeight:
-        """The relaxation that lies halfway between the float ``weight`` and ``start``, whose choices it has.
-
-        The two integers are the one of ``start`` and its neighbour towards ``weight``.
-        """
-        values, scales = numerics.by_scale(weight.float(), start.scale)
-        scaled = (values / scales).reshape(weight.shape)
-        chosen = start.values.float()
-        floor = torch.where(scaled >= chosen, chosen, chosen - 1)
-        upward = (scaled + chosen) / 2 - floor
-        upward = torch.where(chosen == floor, upward.clamp(max=0.49), upward.clamp(min=0.51)).clamp(0.01, 0.99)
+        """The relaxation that lies halfway between the float ``weight`` and ``start``, whose choices it has."""
+        floor, upward = neighbours(weight, start)
         choice = -torch.log((ZETA - GAMMA) / (upward - GAMMA) - 1)
         return cls(floor, choice.requires_grad_(), start.scale, start.bits)
 
@@ -62,6 +54,20 @@ class SoftWeight:
         low, high = numerics.weight_range(self.bits)
         values = (self.floor + (self.choice.detach() >= 0)).clamp(low, high)
         return QuantizedWeight(values.to(torch.int8), self.scale, self.bits)
+
+
+def neighbours(weight: Tensor, start: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    """(the lower of two integers, how far up between them lies the middle of the float ``weight`` and ``start``).
+
+    The two are the integer of ``start`` and its neighbour towards ``weight``, both float32 in the weight's shape; the
+    second value is in [0.01, 0.49] where the lower one is that of ``start``, in [0.51, 0.99] where the upper one is.
+    """
+    values, scales = numerics.by_scale(weight.float(), start.scale)
+    scaled = (values / scales).reshape(weight.shape)
+    chosen = start.values.float()
+    floor = torch.where(scaled >= chosen, chosen, chosen - 1)
+    upward = (scaled + chosen) / 2 - floor
+    return floor, torch.where(chosen == floor, upward.clamp(max=0.49), upward.clamp(min=0.51)).clamp(0.01, 0.99)
 
 
 def undecided(upward: Tensor, sharpness: float) -> Tensor:
