@@ -50,6 +50,7 @@ class Contestant:
     weight_group: int = 0
     equalise: str = "off"
     align: str = "none"
+    align_rounding: str = "fixed"  # or "along": alignment learns the integers, too
     step_sizes: str = "observed"
     pairs: str = "every"  # that alignment learns on
     learn_pairs: str = "every"  # that rounding learns on
@@ -68,7 +69,7 @@ class Contestant:
         """The contestant that this one is made from by its last step; None where it is quantised afresh."""
         if self.correction != "none":
             return dataclasses.replace(self, correction="none")
-        return None if self.align == "none" else dataclasses.replace(self, align="none")
+        return None if self.align == "none" else dataclasses.replace(self, align="none", align_rounding="fixed")
 
 
 def _remembered(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -208,7 +209,8 @@ class Setting:
         if contestant.correction == "none":
             group = int(contestant.align.partition(":")[2])
             fewer = {"iterations": 2} if self.quick else {}
-            settings = AlignmentSettings(group=group, pairs=contestant.pairs, **fewer)
+            rounding = contestant.align_rounding == "along"
+            settings = AlignmentSettings(group=group, pairs=contestant.pairs, rounding=rounding, **fewer)
             return qe.align(model, self.prepared(contestant.recipe()), settings, cache_dir=folder)
         method, clamp = contestant.correction.removesuffix(UNCLAMPED), not contestant.correction.endswith(UNCLAMPED)
         return qe.correct(model, self.unet, self.scheduler, self.noise(before)[0], method, clamp=clamp, batch=_BATCH)
@@ -239,6 +241,7 @@ class Setting:
                     "correction": contestant.correction,
                     "step_sizes": contestant.step_sizes,
                     "alignment": contestant.align,
+                    "align_rounding": contestant.align_rounding,
                     "pairs": contestant.pairs,
                     "learn_pairs": contestant.learn_pairs,
                     "seed": seed,

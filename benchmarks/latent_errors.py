@@ -15,7 +15,8 @@ from typing import Any
 from benchmarks import results_file
 
 _LABEL = (
-    "rounding", "weight_group", "plan", "equalise", "step_sizes", "alignment", "pairs", "learn_pairs", "correction",
+    "rounding", "weight_group", "plan", "equalise", "step_sizes", "alignment", "align_rounding", "pairs", "learn_pairs",
+    "correction",
 )  # fmt: skip
 _PLAIN = {
     "weight_group": 0,
@@ -23,6 +24,7 @@ _PLAIN = {
     "equalise": "off",
     "step_sizes": "observed",
     "alignment": "none",
+    "align_rounding": "fixed",
     "pairs": "every",
     "learn_pairs": "every",
     "correction": "none",
@@ -35,6 +37,7 @@ def label(row: Mapping[str, Any]) -> str:
         "weight_group": f"groups of {row.get('weight_group')}",
         "equalise": "equalised",
         "step_sizes": "learnt steps",
+        "align_rounding": "rounding along",
     }
     return ", ".join(named.get(key, str(row[key])) for key in _LABEL if key in row and row[key] != _PLAIN.get(key))
 

@@ -16,9 +16,9 @@ from benchmarks.fidelity import BEST, Contestant, Setting
 
 RESULTS = "quality-reconstruction-mnist32.json"
 COLUMNS = (
-    "section", "weights", "activations", "rounding", "weight_group", "equalise", "step_sizes", "alignment", "pairs",
-    "learn_pairs", "correction", "steps", "psnr_db", "latent_error", "frechet_to_float", "class_accuracy",
-    "confident_share", "confident_accuracy", "calibration_seconds", "calibration_memory_bytes",
+    "section", "weights", "activations", "rounding", "weight_group", "equalise", "step_sizes", "alignment",
+    "align_rounding", "pairs", "learn_pairs", "correction", "steps", "psnr_db", "latent_error", "frechet_to_float",
+    "class_accuracy", "confident_share", "confident_accuracy", "calibration_seconds", "calibration_memory_bytes",
 )  # fmt: skip
 PRECISIONS = ("w4a8", "w4a4")
 GROUPS = (1, 2, 5, 10)
@@ -36,6 +36,15 @@ def rounded(precision: str, weights: str) -> list[Contestant]:
 def aligned(precision: str) -> list[Contestant]:
     """Learnt rounding, then every group size."""
     return [Contestant(precision, weights="adaround", align=f"accuquant:{group}") for group in GROUPS]
+
+
+def rounding_along(precision: str) -> list[Contestant]:
+    """Rounding learnt along with alignment, from GPTQ's integers and from AdaRound's."""
+    starts = (("gptq", 5), ("adaround", 5), ("adaround", 10))
+    return [
+        Contestant(precision, weights=weights, align=f"accuquant:{group}", align_rounding="along")
+        for weights, group in starts
+    ]
 
 
 def corrected(contestants: list[Contestant]) -> list[Contestant]:
@@ -57,6 +66,7 @@ def plan(quick: bool) -> list[sections.Section]:
     for precision in PRECISIONS:
         learnt = [Contestant(precision, weights="adaround", step_sizes=steps) for steps in ("observed", "learnt")]
         found.append(section(f"{precision} learnt", corrected(learnt + aligned(precision))))
+        found.append(section(f"{precision} rounding learnt along", corrected(rounding_along(precision))))
     many = [Contestant("w4a4", weights=weights) for weights in ("nearest", "gptq")]
     many.append(Contestant("w4a4", weights="adaround", align="accuquant:5"))
     found.append(section("w4a4 50 steps", corrected(many), steps=50))

@@ -36,9 +36,11 @@ def test_what_is_special_about_a_row() -> None:
         equalise="on",
         step_sizes="learnt",
         alignment="accuquant:5",
+        align_rounding="along",
         correction="mmse",
     )
-    assert latent_errors.label(special) == "adaround, groups of 64, equalised, learnt steps, accuquant:5, mmse"
+    label = "adaround, groups of 64, equalised, learnt steps, accuquant:5, rounding along, mmse"
+    assert latent_errors.label(special) == label
 
 
 def test_a_panel_for_every_precision_and_eta(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

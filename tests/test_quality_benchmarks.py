@@ -15,9 +15,11 @@ from qdiff_engine.recipe import check_align, check_correct
 
 
 def test_a_contestant_is_made_by_its_last_step_from_another() -> None:
-    whole = Contestant("w4a8", correction="mmse", weights="gptq", equalise="on", align="accuquant:2")
+    whole = Contestant(
+        "w4a8", correction="mmse", weights="gptq", equalise="on", align="accuquant:2", align_rounding="along"
+    )
     aligned = dataclasses.replace(whole, correction="none")
-    rounded = dataclasses.replace(aligned, align="none")
+    rounded = dataclasses.replace(aligned, align="none", align_rounding="fixed")
     assert whole.before() == aligned and aligned.before() == rounded and rounded.before() is None
     recipe = whole.recipe()
     assert (recipe.weight_bits, recipe.weights, recipe.equalise, recipe.align) == (4, "gptq", "on", "none")
@@ -68,6 +70,7 @@ def test_rows_whose_effects_cancel_are_found() -> None:
 def test_every_contestant_is_a_valid_recipe() -> None:
     corrected = [Contestant("w4a8", method) for method in corrections.METHODS + corrections.WITH_VARIANCE]
     learnt = reconstruction.corrected(reconstruction.rounded("w4a4", "nearest") + reconstruction.aligned("w4a4"))
+    learnt += reconstruction.rounding_along("w4a4")
     for contestant in (*corrected, *learnt, *gates.CORRECTED, *gates.MIXED, *gates.LEARNT_A8, *gates.LEARNT_A4):
         contestant.recipe()
         check_align(contestant.align)
