@@ -79,6 +79,11 @@ def test_learning_nothing_changes_nothing(model: IntegerUNet) -> None:
     with torch.no_grad():
         expected, actual = (Simulation(model, one)(step.sample, timestep, **given) for one in (plain, choosing))
     assert torch.equal(actual, expected)
+    assert choosing.rounding is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # as where learning runs in mixed precision
+        for layer in model.weights:
+            shift = choosing.rounding.shift(layer, 0)
+            assert shift is not None and not bool(shift.any())
     for name, parts in choosing.weights().items():
         for new, old in zip(parts, model.weights[name], strict=True):
             assert torch.equal(new.values, old.values) and torch.equal(new.scale, old.scale)

@@ -85,7 +85,7 @@ class LearntRounding:
                 self.means[layer] = known
                 with torch.no_grad():
                     self.mean_outputs[layer] = [
-                        w.value().flatten(1) @ mean for w, mean in zip(self.chosen[layer], known, strict=True)
+                        _mean_output(w.value(), mean) for w, mean in zip(self.chosen[layer], known, strict=True)
                     ]
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
@@ -110,12 +110,16 @@ class LearntRounding:
         """(W_0 - W(v)) E[x], [N]; None where the layer's inputs are not known."""
         if layer not in self.means:
             return None
-        mean = self.means[layer][segment]
-        return self.mean_outputs[layer][segment] - self.weight(layer, segment).flatten(1) @ mean
+        return self.mean_outputs[layer][segment] - _mean_output(self.weight(layer, segment), self.means[layer][segment])
 
     def quantized(self) -> dict[str, tuple[QuantizedWeight, ...]]:
         """The integers of every layer, with the scales of the start, on the CPU."""
         return {layer: tuple(weight.quantized() for weight in parts) for layer, parts in self.chosen.items()}
+
+
+def _mean_output(weight: Tensor, mean: Tensor) -> Tensor:
+    """W E[x]; no matrix product, which mixed precision would round more than the choices change it."""
+    return (weight.flatten(1) * mean).sum(1)
 
 
 def with_biases_of(
