@@ -32,7 +32,7 @@ class Learnt:
     """scale = scale0 exp(p), zero point = round(z0 + d), weight scale = s0 exp(w); p, d and w start at 0.
 
     Args:
-        model: where to start; its integers stay what they are.
+        model: where to start.
         device, dtype: of the parameters; float64 for checks.
         originals: with them the rounding of the weights is learnt, too; otherwise the integers stay.
     """

@@ -1,7 +1,7 @@
 """Rounding learnt along with the step sizes: which of its two neighbouring integers each weight becomes.
 
-AdaRound's question, asked of the end of a group of denoising steps. Its relaxation is not used: the step sizes would be
-learnt for weights that are no integers yet, and lost more by that than rounding gained.
+AdaRound's question, asked of the end of a group of denoising steps. Weights are integers all the time, not relaxed, so
+that the step sizes are learnt for what will run: W(v) = s (floor + [v >= 0]); in gradients [v >= 0] counts as v itself.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import numerics
 from ..graph.ir import Graph
-from ..reconstruction.adaround import neighbours
+from ..reconstruction.adaround import SoftWeight, neighbours
 from ..reconstruction.inputs import SegmentInputs
 from ..reconstruction.layers import bias_shift, layers
 from ..weights import QuantizedWeight
@@ -30,41 +29,6 @@ class Originals:
     inputs: Mapping[str, Sequence[SegmentInputs | None]]
 
 
-@dataclass(frozen=True)
-class ChosenWeight:
-    """w = s clamp(floor + [v >= 0]); in gradients [v >= 0] counts as v itself.
-
-    Args:
-        floor: the lower integers, in the weight's shape; ``choice``: v, likewise, the parameter to learn.
-        scale: float32 [N], or [N, G] by groups of K; ``bits``: 4 or 8.
-    """
-
-    floor: Tensor
-    choice: Tensor
-    scale: Tensor
-    bits: int
-
-    @classmethod
-    def of(cls, weight: Tensor, start: QuantizedWeight, dtype: torch.dtype) -> ChosenWeight:
-        """The integers of ``start``, the other choice of each being its neighbour towards the float ``weight``."""
-        floor, upward = neighbours(weight, start)
-        return cls(floor.to(dtype), (upward - 0.5).to(dtype).requires_grad_(), start.scale, start.bits)
-
-    def value(self) -> Tensor:
-        """w."""
-        low, high = numerics.weight_range(self.bits)
-        held = self.choice.detach()
-        integers = (self.floor + (held >= 0) + (self.choice - held)).clamp(low, high)
-        values, scales = numerics.by_scale(integers, self.scale)
-        return (values * scales).reshape(self.floor.shape)
-
-    def quantized(self) -> QuantizedWeight:
-        """The integers, on the CPU."""
-        low, high = numerics.weight_range(self.bits)
-        integers = (self.floor + (self.choice.detach() >= 0)).clamp(low, high)
-        return QuantizedWeight(integers.to(torch.int8), self.scale, self.bits).to("cpu")
-
-
 class LearntRounding:
     """W(v) x + (W_0 - W(v)) E[x], with the integers W(v) that the choices v stand for: a layer's mean output stays.
 
@@ -74,18 +38,18 @@ class LearntRounding:
     """
 
     def __init__(self, start: Weights, originals: Originals, device: torch.device, dtype: torch.dtype) -> None:
-        self.chosen: dict[str, list[ChosenWeight]] = {}
+        self.chosen: dict[str, list[SoftWeight]] = {}
         self.means: dict[str, list[Tensor]] = {}
         self.mean_outputs: dict[str, list[Tensor]] = {}  # W_0 E[x]
         for layer, parts in start.items():
             pairs = zip(originals.weights[layer], parts, strict=True)
-            self.chosen[layer] = [ChosenWeight.of(w.to(device), q.to(device), dtype) for w, q in pairs]
+            self.chosen[layer] = [_choosing(w.to(device), q.to(device), dtype) for w, q in pairs]
             known = [x.mean.to(device, dtype) for x in originals.inputs[layer] if x is not None]
             if len(known) == len(parts):
                 self.means[layer] = known
                 with torch.no_grad():
                     self.mean_outputs[layer] = [
-                        _mean_output(w.value(), mean) for w, mean in zip(self.chosen[layer], known, strict=True)
+                        _mean_output(self.weight(layer, i), mean) for i, mean in enumerate(known)
                     ]
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
@@ -104,7 +68,9 @@ class LearntRounding:
 
     def weight(self, layer: str, segment: int) -> Tensor:
         """W(v)."""
-        return self.chosen[layer][segment].value()
+        weight = self.chosen[layer][segment]
+        held = weight.choice.detach()
+        return weight.value((held >= 0) + (weight.choice - held))
 
     def shift(self, layer: str, segment: int) -> Tensor | None:
         """(W_0 - W(v)) E[x], [N]; None where the layer's inputs are not known."""
@@ -114,7 +80,13 @@ class LearntRounding:
 
     def quantized(self) -> dict[str, tuple[QuantizedWeight, ...]]:
         """The integers of every layer, with the scales of the start, on the CPU."""
-        return {layer: tuple(weight.quantized() for weight in parts) for layer, parts in self.chosen.items()}
+        return {layer: tuple(weight.rounded().to("cpu") for weight in parts) for layer, parts in self.chosen.items()}
+
+
+def _choosing(weight: Tensor, start: QuantizedWeight, dtype: torch.dtype) -> SoftWeight:
+    """The integers of ``start``, the other choice of each being its neighbour towards the float ``weight``."""
+    floor, upward = neighbours(weight, start)
+    return SoftWeight(floor.to(dtype), (upward - 0.5).to(dtype).requires_grad_(), start.scale, start.bits)
 
 
 def _mean_output(weight: Tensor, mean: Tensor) -> Tensor:
