@@ -19,7 +19,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "step_sizes": ("observed", "learnt"),
     "equalise": ("off", "on"),
     "edges": ("a16", "a8"),
+    "align_rounding": (False, True),
 }
+_COUNTS = {"learn_iterations": 0, "learn_samples": 1, "learn_batch": 1, "align_iterations": 0, "align_batch": 1}
 _ALIGN = re.compile(r"none|accuquant:([1-9][0-9]{0,3})")
 _CORRECT = re.compile(r"(none|ptqd|mmse|ner)(\+ibc(?:\+ivc)?)?(\+vsc)?")
 
@@ -70,6 +72,7 @@ class Recipe:
             for the output, with "+ibc" (the latents' bias) or "+ibc+ivc" (and their variance) and "+vsc" (the sampler's
             variance) appended, in this order.
         align: "none", or "accuquant:M": step sizes learnt over groups of M steps, see `qdiff_engine.align`.
+        align_iterations, align_batch, align_pairs, align_rounding: how that learns, see `AlignmentSettings`.
         edges: "a16" keeps the first layer's activations floating, "a8" quantises them to 8 bits.
 
     Raises:
@@ -92,6 +95,10 @@ class Recipe:
     correct: str = "none"
     equalise: str = "off"
     align: str = "none"
+    align_iterations: int = 200
+    align_batch: int = 4
+    align_pairs: str = "every"
+    align_rounding: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -106,12 +113,10 @@ class Recipe:
                 raise ValueError(f"plan must name A4, A8 or A16 for every row, got {wrong or 'an empty plan'}")
         else:
             self.plan_request()
-        if type(self.learn_iterations) is not int or self.learn_iterations < 0:
-            raise ValueError(f"learn_iterations must be a whole number of at least 0, got {self.learn_iterations!r}")
-        for name in ("learn_samples", "learn_batch"):
+        for name, least in _COUNTS.items():
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if self.step_sizes == "learnt" and self.weights != "adaround":
             raise ValueError(
                 f"step_sizes 'learnt' needs weights 'adaround', whose blocks learn them, got {self.weights!r}"
@@ -120,7 +125,8 @@ class Recipe:
             raise ValueError(
                 "step_sizes 'learnt' needs activation_bits 4 or 8, got 16: floating activations have no steps"
             )
-        parse_selection(self.learn_pairs, "learn_pairs")
+        for name in ("learn_pairs", "align_pairs"):
+            parse_selection(getattr(self, name), name)
         self.row_group()
         check_correct(self.correct)
         check_align(self.align)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
-import functools
 import json
 import os
 import signal
@@ -23,9 +22,9 @@ from networks import SAMPLES, STEPS, ddim, normal, relative
 from torch import Tensor
 
 import qdiff_engine as qe
-from qdiff_engine.alignment import alignment, training
+from qdiff_engine.alignment import training
 from qdiff_engine.alignment.agreement import layer_agreement
-from qdiff_engine.alignment.alignment import end_errors
+from qdiff_engine.alignment.alignment import end_errors, settings_of
 from qdiff_engine.alignment.learnt import Learnt, Simulation
 from qdiff_engine.alignment.memory import Memory
 from qdiff_engine.alignment.path import FloatNetwork, Moment, OwnSteps, float_path
@@ -88,7 +87,7 @@ def test_alignment_lowers_the_error_of_the_integers(aligned: Any) -> None:
     before, after = (end_errors(m, calibration, group=2) for m in (model, new))
     print("relative error at the groups' ends", before, "->", after)
     assert sum(after) < 0.8 * sum(before)
-    assert new.recipe == dataclasses.replace(model.recipe, align="accuquant:2")
+    assert new.recipe == dataclasses.replace(model.recipe, align="accuquant:2", align_iterations=60, align_batch=2)
     for name, parts in model.weights.items():
         for old, learnt in zip(parts, new.weights[name], strict=True):
             assert torch.equal(old.values, learnt.values) and bool((learnt.scale > 0).all())
@@ -117,7 +116,7 @@ def test_aligned_model_is_an_artifact_like_any_other(aligned: Any, tmp_path: Pat
     loaded = load(tmp_path / "artifact")
     step, given = networks.trajectory("sd")[1], networks.conditioning("sd", SAMPLES)
     assert torch.equal(loaded(step.sample, step.timestep, **given)[0], new(step.sample, step.timestep, **given)[0])
-    assert loaded.recipe.align == "accuquant:2"
+    assert loaded.recipe == new.recipe and new.recipe.align == "accuquant:2"
 
 
 @pytest.mark.parametrize("name", ["sd", "plain", "guided", "patches"])
@@ -180,16 +179,18 @@ def test_zero_iterations_are_the_plain_path(tmp_path: Path) -> None:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_quantize_aligns_where_the_recipe_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantize_aligns_where_the_recipe_says_so() -> None:
     """As `align` does afterwards, on rows of the plan that was chosen."""
-    monkeypatch.setattr(
-        AlignmentSettings, "__init__", functools.partialmethod(AlignmentSettings.__init__, iterations=2, batch=2)
-    )
-    calibration = networks.calibration(NAME)
-    at_once = quantised(calibration, align="accuquant:3")
-    after = qe.align(quantised(calibration), calibration, AlignmentSettings(group=3))
-    assert at_once.recipe == after.recipe == Recipe.named("w4a4", align="accuquant:3")
+    calibration, asked = networks.calibration(NAME), {"align_iterations": 2, "align_batch": 2, "align_rounding": True}
+    asked |= {"align_pairs": "uniform:9"}
+    at_once = quantised(calibration, align="accuquant:3", **asked)
+    settings = AlignmentSettings(group=3, iterations=2, batch=2, rounding=True, pairs="uniform:9")
+    after = qe.align(quantised(calibration), calibration, settings)
+    assert at_once.recipe == after.recipe == Recipe.named("w4a4", align="accuquant:3", **asked)
     assert torch.equal(at_once.table.scale, after.table.scale)
+    for name, parts in at_once.weights.items():
+        assert all(torch.equal(a.values, b.values) for a, b in zip(parts, after.weights[name], strict=True))
+    assert settings_of(Recipe(align="accuquant:5")) == AlignmentSettings()  # both have the same defaults
     assert not torch.equal(at_once.table.scale, quantised(calibration).table.scale)
 
 
@@ -254,9 +255,9 @@ def test_quantize_resumes_alignment_too(tmp_path: Path, monkeypatch: pytest.Monk
             raise Stop
 
     monkeypatch.setattr(training, "SAVE_EVERY", 3)
-    monkeypatch.setattr(alignment, "settings_of", lambda recipe: AlignmentSettings(group=2, iterations=15, batch=2))
     calibration, told, layers = networks.calibration(NAME), list[Progress](), list[str]()
-    arguments: tuple[Any, ...] = (networks.network(NAME), calibration, Recipe.named("w4a4", align="accuquant:2"))
+    recipe = Recipe.named("w4a4", align="accuquant:2", align_iterations=15, align_batch=2)
+    arguments: tuple[Any, ...] = (networks.network(NAME), calibration, recipe)
     with pytest.raises(Stop):
         qe.quantize(*arguments, cache_dir=tmp_path, on_align=stop)
     resumed = qe.quantize(*arguments, cache_dir=tmp_path, on_align=told.append, on_layer=layers.append)

@@ -413,10 +413,15 @@ def test_arguments_are_checked_first() -> None:
         ReconstructionSettings("gptq", samples=0)
     with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
         ReconstructionSettings("gptq", batch=0)
-    for name in ("learn_samples", "learn_batch"):
+    for name in ("learn_samples", "learn_batch", "align_batch"):
         with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):
             Recipe(**{name: 0})
+    for name in ("learn_iterations", "align_iterations"):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 0, got -1"):
+            Recipe(**{name: -1})
     with pytest.raises(ValueError, match="step_sizes 'learnt' needs weights 'adaround'.* got 'gptq'"):
         Recipe(weights="gptq", step_sizes="learnt")
-    with pytest.raises(ValueError, match="learn_iterations must be a whole number of at least 0, got -1"):
-        Recipe(learn_iterations=-1)
+    with pytest.raises(ValueError, match="align_pairs must be 'every'.* got 'all'"):
+        Recipe(align_pairs="all")
+    with pytest.raises(ValueError, match=r"align_rounding must be one of \[False, True\], got 1"):
+        Recipe(align_rounding=1)  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ from .path import Path, float_path
 from .rounding import Originals
 from .training import AlignmentSettings, Progress, Trainer, group_starts
 
+_RECORDED = ("iterations", "batch", "pairs", "rounding")  # settings that are fields of a recipe, as align_...
 _ERROR_BATCHES = 2  # of the float path, that the error at the groups' ends is measured on
 
 
@@ -54,7 +55,7 @@ def align(
         model: from `quantize`; not corrected yet, since corrections are measured on what alignment changes.
         calibration: the one that the model was made with; of an equalised model, and to learn rounding, what
             `quantization.equalised` gives.
-        settings: group size, iterations, batch and learning rates; by default the recipe's group.
+        settings: group size, iterations, batch and learning rates; by default the recipe's.
         device: where the simulation learns.
         cache_dir: folder for work in progress; an interrupted run with the same arguments resumes there.
         on_start: told the peak memory that learning is expected to take, before it starts.
@@ -89,7 +90,7 @@ def align(
         weights=learnt.weights(),
         constants=learnt.constants(model),
         table=learnt.table(),
-        recipe=dataclasses.replace(model.recipe, align=f"accuquant:{settings.group}"),
+        recipe=_recorded(model.recipe, settings),
         key=model.key,
         model_config=model.model_config,
         device=model.device,
@@ -145,10 +146,18 @@ def _end_error(model: Any, path: Path, start: int, count: int) -> float:
     return math.sqrt(wrong / max(right, 1e-30))
 
 
-def settings_of(recipe: Recipe, **changes: Any) -> AlignmentSettings:
-    """The settings that a recipe's ``align`` stands for; 0 iterations where it is "none"."""
+def settings_of(recipe: Recipe) -> AlignmentSettings:
+    """The settings that a recipe's ``align`` fields stand for; 0 iterations where ``align`` is "none"."""
     group = check_align(recipe.align)
-    return AlignmentSettings(iterations=0) if group is None else AlignmentSettings(group=group, **changes)
+    if group is None:
+        return AlignmentSettings(iterations=0)
+    return AlignmentSettings(group=group, **{name: getattr(recipe, f"align_{name}") for name in _RECORDED})
+
+
+def _recorded(recipe: Recipe, settings: AlignmentSettings) -> Recipe:
+    """The recipe that says how the model was aligned, as far as recipes can; the inverse of `settings_of`."""
+    changes = {f"align_{name}": getattr(settings, name) for name in _RECORDED}
+    return dataclasses.replace(recipe, align=f"accuquant:{settings.group}", **changes)
 
 
 def _checked(model: Any, calibration: Any, settings: AlignmentSettings | None) -> AlignmentSettings:
