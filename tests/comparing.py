@@ -18,12 +18,17 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of Trit
 
 def present(backend: str) -> str:
     """The backend's name; a test of one that this machine lacks is skipped with the reason."""
-    status = ops.backends()[backend]
-    if not status["available"]:
-        pytest.skip(f"{backend}: {status['reason']}")
+    available(backend)
     if backend == "triton" and DEVICE.type != "cpu":
         pytest.skip("triton: runs on the GPU here, where tests/gpu and tests/test_kernels_*.py compare it")
     return backend
+
+
+def available(backend: str) -> None:
+    """Skip the test, with the reason, where this machine lacks the backend."""
+    status = ops.backends()[backend]
+    if not status["available"]:
+        pytest.skip(f"{backend}: {status['reason']}")
 
 
 def integers(*shape: int, low: int = -128, high: int = 127) -> Tensor:

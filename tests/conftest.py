@@ -42,6 +42,21 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture(scope="session")
+def kernels() -> None:
+    """Triton's kernels run here: on a GPU, or in the interpreter."""
+    from comparing import available
+
+    available("triton")
+
+
+@pytest.fixture(scope="session")
+def interpreter(kernels: None) -> None:
+    """Triton's kernels run on the CPU, in its interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("this test runs the kernels on a CPU, in Triton's interpreter")
+
+
 @pytest.fixture(params=["triton", "onednn", "native", "torch"])
 def backend(request: pytest.FixtureRequest) -> str:
     """A backend that multiplies integers."""

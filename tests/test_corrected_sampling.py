@@ -14,6 +14,7 @@ from typing import Any
 import networks
 import pytest
 import torch
+from comparing import available
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler
 from networks import CASES, STEPS, normal
 from torch import Tensor
@@ -66,8 +67,7 @@ class Counting(TorchDispatchMode):
 @pytest.mark.parametrize("backend", ["onednn", "native", "torch"])
 def test_corrections_cost_no_operator(kind: str, eta: float, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's operators of every step, and torch's on whole images, are the same calls on and off."""
-    if not ops.backends()[backend]["available"]:
-        pytest.skip(f"{backend}: {ops.backends()[backend]['reason']}")
+    available(backend)
     calls: list[str] = []
     resolve = ops.resolve
 

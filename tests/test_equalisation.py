@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import qdiff_engine as qe
-from qdiff_engine import equalisation, numerics, ops, quantization
+from qdiff_engine import equalisation, numerics, quantization
 from qdiff_engine.alignment.training import AlignmentSettings
 from qdiff_engine.calibration.calibration import Calibration
 from qdiff_engine.equalisation import Reader, candidates, output_errors, search, with_factors
@@ -92,11 +92,10 @@ def test_floating_activations_are_divided_too(name: str) -> None:
     assert relative(model(step.sample, step.timestep, **given)[0], simulated) < 1e-5
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("name, recipe", [("patches", "w4a4"), ("patches", "w8a16"), ("scale-shift", "w8a8")])
 def test_a_gpus_program_divides_too(name: str, recipe: str) -> None:
     """The recorded step's kernels in Triton's interpreter, the table at fixed addresses, against the simulation."""
-    if not ops.backends()["triton"]["available"] or torch.cuda.is_available():
-        pytest.skip("this test runs the kernels on a CPU, in Triton's interpreter")
     model, step = quantised(name, recipe), networks.trajectory(name)[1]
     parts = (model.graph, model.weights, model.constants, model.table)
     program = ReplayedProgram(*parts, torch.device("cpu"), "triton")

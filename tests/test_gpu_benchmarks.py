@@ -20,7 +20,7 @@ from benchmarks.sections import Section
 CPU = torch.device("cpu")
 LIMITS = Ceilings(copy_gbps=4000.0, int8_tops=1000.0, fp16_tops=700.0, bf16_tops=700.0)
 MACHINE = {"gpu": "NVIDIA Test", "torch": "2", "triton": "3", "date": "today", "commit": "abc"}
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the benchmark itself checks its cases")
+interpreted = pytest.mark.usefixtures("interpreter")  # on a GPU the benchmark itself checks its cases
 
 
 def row(**changes: Any) -> dict[str, Any]:

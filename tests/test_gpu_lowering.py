@@ -31,6 +31,8 @@ from qdiff_engine.runtime.replay import ReplayedProgram, device_rows
 from qdiff_engine.runtime.tuning import PRODUCTS, measure, retabled
 from qdiff_engine.tables import Table
 
+pytestmark = pytest.mark.usefixtures("interpreter")
+
 CPU = torch.device("cpu")
 PLAN = ("A4", "A8", "A16", "A4")
 DTYPES = {"A4": ops.PACKED, "A8": torch.int8, "A16": torch.float32}
@@ -65,12 +67,6 @@ class Wide(nn.Module):
         both = torch.cat([self.up(F.interpolate(self.down(h), scale_factor=2.0, mode="nearest")), h], dim=1)
         h = self.conv3(F.silu(self.norm5(both))) + self.shortcut(both)
         return self.leave(self.thin(F.silu(self.norm7(self.grouped(F.silu(self.norm6(h)))))))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreter() -> None:
-    if not ops.backends()["triton"]["available"] or torch.cuda.is_available():
-        pytest.skip("these tests run the kernels on a CPU, in Triton's interpreter")
 
 
 @functools.cache

@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from comparing import available
 from networks import CASES, SAMPLES, relative, tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -101,8 +102,7 @@ class Dispatched(TorchDispatchMode):
 @pytest.mark.parametrize("name", NAMES)
 def test_layers_receive_integers(name: str, recipe: str) -> None:
     """oneDNN gets uint8 activations and packed int8 weights; the only float layers are those listed with a reason."""
-    if not ops.backends()["onednn"]["available"]:
-        pytest.skip(f"oneDNN's integer operators: {ops.backends()['onednn']['reason']}")
+    available("onednn")
     model = networks.rebuilt(networks.integer_model(name, recipe))
     step = networks.trajectory(name)[1]
     with Dispatched() as seen:
@@ -210,8 +210,7 @@ def test_every_layer_fed_the_engines_own_input(name: str, recipe: str, monkeypat
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a8"])
 def test_accumulators_are_exact(recipe: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With unit scales and no bias a layer's output is its accumulator: equal to the reference, integer by integer."""
-    if not ops.backends()[backend]["available"]:
-        pytest.skip(f"{backend}: {ops.backends()[backend]['reason']}")
+    available(backend)
     for call in calls_of(networks.integer_model("sd", recipe), "sd", monkeypatch):
         if call.operator == "int_gemm":
             q, weight = call.args[0], ops.pack_gemm(call.args[1].values, torch.ones(len(call.args[1].scale)))

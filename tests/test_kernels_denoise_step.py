@@ -16,7 +16,7 @@ from qdiff_kernels.denoise_step import denoise_step
 
 from qdiff_engine import reference
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("kernels", "poisoned_memory")
 
 DTYPES = [torch.float32, torch.float16]
 CONSTANTS = torch.tensor([0.9, 0.4, -0.3, 0.2, 0.6, 0.8, 1.0, 7.5])

@@ -37,7 +37,7 @@ from qdiff_engine import reference
 # what exp overflows to is infinity, and x / infinity the right result
 pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
-    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.usefixtures("kernels", "poisoned_memory"),
 ]
 
 DTYPES = [torch.float32, torch.float16]

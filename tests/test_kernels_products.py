@@ -27,6 +27,8 @@ from torch import Tensor
 
 from qdiff_engine import numerics, reference
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 SMALL = Tile(32, 32, 64, 4, 1)
 GEMM_SHAPES = [(1, 1, 1), (17, 33, 63), (33, 17, 1040), (64, 320, 320), (2, 1280, 130)]  # M, N, K
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+from comparing import available
 from torch import Tensor
 
 from qdiff_engine import ops, reference
@@ -23,8 +24,8 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 
 @pytest.fixture(params=["triton", None], ids=["triton", "fastest"])
 def backend(request: pytest.FixtureRequest) -> str | None:
-    if request.param is not None and not ops.backends()[request.param]["available"]:
-        pytest.skip(ops.backends()[request.param]["reason"])
+    if request.param is not None:
+        available(request.param)
     return request.param
 
 

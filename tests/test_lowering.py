@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qdiff_engine as qe
-from qdiff_engine import ops
 from qdiff_engine.graph.ir import Graph
 from qdiff_engine.quantization import quantize
 from qdiff_engine.runtime import lowering
 from qdiff_engine.runtime.norm_statistics import measure_for_norms
 from qdiff_engine.runtime.program import Program
+
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 CPU = torch.device("cpu")
 PLAN = ("A4", "A8", "A16", "A8")
@@ -54,12 +55,6 @@ class Chain(nn.Module):
         h = rows.transpose(1, 2).reshape(b, c, height, width)
         h = self.up(F.interpolate(h, scale_factor=2.0, mode="nearest"))
         return self.leave(self.merge(torch.cat([h, skip], dim=1)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreter() -> None:
-    if not ops.backends()["triton"]["available"] or torch.cuda.is_available():
-        pytest.skip("these tests run the kernels on a CPU, in Triton's interpreter")
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from comparing import assert_close, integers, present
@@ -56,6 +57,22 @@ def test_the_first_available_backend_is_chosen() -> None:
     assert ops.chosen("int_gemm") == ops.chosen("int_conv2d") == first
     assert ops.storage() == (torch.uint8 if first == "onednn" else torch.int8)
     assert ops.resolve("int_gemm", torch.device("cpu"), first) is ops.resolve("int_gemm")
+
+
+@pytest.mark.parametrize(
+    "triton_version, numpy_version, runs",
+    [("3.6.0", "2.3.5", True), ("3.6.0", "2.4.0", False), ("3.7.0", "2.5.1", True)],
+)
+def test_an_interpreter_that_cannot_loop_is_not_available(
+    triton_version: str, numpy_version: str, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton 3.6 makes a loop's bound of an array of one element, which numpy refuses from 2.4 on."""
+    triton = pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton, "__version__", triton_version)
+    monkeypatch.setattr(numpy, "__version__", numpy_version)
+    found, reason = triton_kernels.available()
+    assert found is runs and ("numpy < 2.4, got 2.4.0" in reason) is not runs
 
 
 @pytest.mark.parametrize(

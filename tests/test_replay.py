@@ -23,10 +23,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def model() -> qe.IntegerUNet:
+def model(interpreter: None) -> qe.IntegerUNet:
     """Rows in three modes, so that a rollout switches between recordings."""
-    if not ops.backends()["triton"]["available"] or torch.cuda.is_available():
-        pytest.skip("these tests run the kernels on a CPU, in Triton's interpreter")
     base = networks.integer_model("plain", "w8a8")
     table = base.table
     bits = table.bits.clone()
@@ -219,9 +217,7 @@ class Text:
 
 
 @pytest.fixture
-def text_program(monkeypatch: pytest.MonkeyPatch) -> Text:
-    if not ops.backends()["triton"]["available"] or torch.cuda.is_available():
-        pytest.skip("these tests run the kernels on a CPU, in Triton's interpreter")
+def text_program(monkeypatch: pytest.MonkeyPatch, interpreter: None) -> Text:
     cross_attention()
     return Text(monkeypatch)
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import qdiff_engine as qe
-from qdiff_engine import ops
 from qdiff_engine.runtime import compiler
 from qdiff_engine.runtime.float_layers import float_layer
 from qdiff_engine.runtime.replay import ReplayedProgram
@@ -105,10 +104,9 @@ def test_a_correction_reaches_a_floating_last_layer() -> None:
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_replaying_floating_layers_equals_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Merged products, GEGLU and a result quantised for the next layer, as a GPU runs them."""
-    if not ops.backends()["triton"]["available"] or torch.cuda.is_available():
-        pytest.skip("this test runs the kernels on a CPU, in Triton's interpreter")
     base = model("sd")
     proj, value = "ff.net.0.proj", "attn1.to_q"
     floating = {name for name in main_layers(base) if proj in name or value in name}

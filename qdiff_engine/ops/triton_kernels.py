@@ -24,6 +24,8 @@ from .operands import ConvWeight, GemmWeight, QuantizedCopy, Segment, recent
 
 _NAME = "triton"
 OLDEST = (8, 0)  # compute capability: asynchronous copies, and int8 matrix instructions of this form
+# in the interpreter a loop's bound is int() of an array, of one element until Triton 3.7, which numpy 2.4 refuses
+_SQUEEZES, _REFUSES = (3, 7), (2, 4)
 
 
 def interpreted() -> bool:
@@ -38,6 +40,9 @@ def available() -> tuple[bool, str]:
     except ImportError as error:
         return False, f"Triton cannot be imported ({error})"
     if interpreted():
+        numpy = importlib.import_module("numpy")
+        if _release(triton) < _SQUEEZES and _release(numpy) >= _REFUSES:
+            return False, f"Triton {triton.__version__}'s interpreter needs numpy < 2.4, got {numpy.__version__}"
         return True, f"Triton {triton.__version__} in its interpreter (TRITON_INTERPRET=1): exact and slow, for tests"
     if not torch.cuda.is_available():
         return False, "there is no NVIDIA GPU here"
@@ -45,6 +50,11 @@ def available() -> tuple[bool, str]:
     if refusal is not None:
         return False, refusal
     return True, f"Triton {triton.__version__} on {torch.cuda.get_device_name()}; not yet verified on hardware"
+
+
+def _release(module: Any) -> tuple[int, ...]:
+    """Major and minor version."""
+    return tuple(map(int, module.__version__.split(".")[:2]))
 
 
 def unsupported(device: torch.device) -> str | None:
