@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -87,3 +88,33 @@ def demo_scheduler() -> Any:
     from qdiff_engine.models import ddim, demo_model
 
     return ddim(demo_model().scheduler)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """(exit status, standard output, standard error) of one `qdiff` command, run in this process."""
+    from qdiff_engine.cli import main
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main([str(a) for a in arguments])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """(folder, JSON object) of a demo on tiny settings, run from another folder than the source tree."""
+    from commands import DEMO, loaded, start
+
+    folder = tmp_path_factory.mktemp("cli")
+    process = start(*DEMO, "--out", "shown", "--json", folder=folder)
+    out, error = process.communicate(timeout=300)
+    return folder / "shown", loaded((process.returncode, out, error))
+
+
+@pytest.fixture(scope="session")
+def artifact(demo: tuple[Path, dict[str, Any]]) -> Path:
+    """A W4A8 artifact of the bundled model, calibrated for three steps."""
+    return demo[0] / "artifact-w4a8"
