@@ -19,7 +19,7 @@ from .graph.capture import hash_parameters
 from .graph.ir import Graph
 from .models import usable_device
 from .plan_requests import expected_modes, preset_modes
-from .plans.choice import TRIAL_SAMPLES, PlanChoice, choose, needed_modes
+from .plans.choice import TRIAL_SAMPLES, PlanChoice, check_sampler, choose, needed_modes
 from .plans.trial import Sampler
 from .recipe import Recipe
 from .reconstruction.layers import RoundedLayer, layer_bits, round_layer, segments, with_own_biases
@@ -76,6 +76,10 @@ def quantize(
     device, cache = usable_device(device), None if cache_dir is None else Path(cache_dir)
     if recipe.align != "none":
         check_alignment(settings_of(recipe), calibration)
+    request = recipe.plan_request()
+    trial_sampler = _trial_sampler(calibration) if request is not None and request.measured else None
+    if trial_sampler is not None:
+        check_sampler(request, trial_sampler.scheduler, calibration.timesteps)
     calibration = equalised(calibration, recipe)
     captured, parameters = calibration.capture.graph, calibration.capture.constants
     rounding = None if cache is None else cache / "weights"
@@ -110,14 +114,12 @@ def quantize(
         folder = None if cache is None else cache / "align"
         return align(unaligned, calibration, device=device, cache_dir=folder, on_iteration=on_align)
 
-    request = recipe.plan_request()
-    if request is None or not request.measured:
+    if request is None or trial_sampler is None:
         return aligned(model(with_learnt(make_table(calibration, recipe), learnt)))
     tables = {mode: with_learnt(make_table(calibration, recipe, mode), learnt) for mode in needed_modes(request)}
     first = model(next(iter(tables.values())))  # the others share its packed weights
     trials = {mode: first.with_table(table) for mode, table in tables.items()}
-    row, sampler = first.table.row, _trial_sampler(calibration)
-    choice = choose(request, trials, row, calibration.timesteps, unet, sampler, on_trial)
+    choice = choose(request, trials, first.table.row, calibration.timesteps, unet, trial_sampler, on_trial)
     if on_plan is not None:
         on_plan(choice)
     chosen = with_learnt(make_table(calibration, recipe, choice.modes), learnt)

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +142,21 @@ def coefficients(scheduler: Any, eta: float = 0.0) -> list[StepCoefficients] | N
     return rows
 
 
+def signal_shares(scheduler: Any, timesteps: Sequence[float]) -> Tensor:
+    """alpha_bar of every timestep, float64.
+
+    Raises:
+        ValueError: a scheduler without alphas_cumprod (flow matching, EDM), or a timestep outside it.
+    """
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(table, Tensor):
+        raise ValueError(f"scheduler must have alphas_cumprod, which {type(scheduler).__name__} lacks")
+    outside = [t for t in timesteps if not 0 <= round(t) < len(table)]
+    if outside:
+        raise ValueError(f"timesteps must lie in the schedule, 0 to {len(table) - 1}, got {outside[0]:g}")
+    return table[[round(t) for t in timesteps]].double()
+
+
 def _ddim(scheduler: Any, timestep: int, eta: float) -> tuple[Tensor | float, ...]:
     """(cx, c0, cd, sigma, signal, deviation) of a DDIM step, sigma = eta sqrt((1-ab')/(1-ab) (1 - ab/ab'))."""
     before = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
@@ -196,6 +211,7 @@ class Stepper:
         self.guidance_scale = guidance_scale
         self.coefficients = coefficients(self.scheduler, eta)
         self.correction = correction
+        self.input_bias = correction.input_bias if correction is not None and correction.has_input_bias else None
         if correction is not None and self.coefficients is None and not correction.only_output:
             raise ValueError(f"{type(scheduler).__name__} takes no input bias or calibrated noise; DDIM and DDPM do")
 
@@ -226,7 +242,9 @@ class Stepper:
             r = self.correction.row(row.timestep)
             sigma *= float(self.correction.sigma_scale[r])
             gain = float(self.correction.input_scale[r])
-            bias = self.correction.input_bias[r].to(latents.device) if self.correction.has_input_bias else None
+            if self.input_bias is not None:
+                self.input_bias = self.input_bias.to(latents.device)  # copied once, not at every step
+                bias = self.input_bias[r]
         if sigma_scale is not None:
             sigma = row.sigma * sigma_scale
         noise = self.draw_noise(latents) if row.sigma > 0 else None  # drawn though sigma be 0: the streams stay in step

@@ -11,7 +11,9 @@ import torch
 from commands import TINY, Run, loaded, refused
 
 import qdiff_engine as qe
-from qdiff_engine.cli.options import read_conditioning, read_plan, scheduler_of
+from qdiff_engine.calibration import calibration
+from qdiff_engine.cli.artifacts import check_samplers
+from qdiff_engine.cli.options import make_sampler, read_conditioning, read_plan, scheduler_of
 
 
 @pytest.mark.parametrize(
@@ -158,6 +160,34 @@ def test_conditioning_that_is_missing_is_named(run: Run, classes: Path, tmp_path
     data = loaded(run("compare", target, "--reference", classes, "--n", 3, "--conditioning", labels, "--json"))
     assert data["samples"] == 3 and data["psnr_db"] > 20
     assert loaded(run("bops", classes, "--recipe", "w8a8", "--json")) == loaded(run("bops", target, "--json"))
+
+
+def test_samplers_that_a_correction_or_a_plan_is_not_for_are_refused_first(
+    run: Run, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import EDMEulerScheduler, EulerDiscreteScheduler
+
+    labels, target = tmp_path / "labels.safetensors", tmp_path / "art"
+    safetensors.torch.save_file({"class_labels": torch.tensor([2, 0])}, labels)
+    EulerDiscreteScheduler().save_pretrained(classes / "scheduler")
+    monkeypatch.setattr(calibration, "calibrate", lambda *_, **__: pytest.fail("calibrated"))
+    arguments = ["calibrate", classes, *TINY, "--sampler", "folder", "--conditioning", labels, "--out", target]
+    refused(run(*arguments, "--correct", "mmse+ibc"), "+ibc", "EulerDiscreteScheduler", "use 'mmse'")
+    edm = EDMEulerScheduler()
+    for recipe, correction in ((qe.Recipe(plan="snr"), "none"), (qe.Recipe(), "mmse")):
+        with pytest.raises(ValueError, match="alphas_cumprod, which EDMEulerScheduler lacks"):
+            check_samplers(recipe, correction, edm, 4)
+    check_samplers(qe.Recipe(), "none", edm, 4)
+
+
+def test_a_sampler_without_eta_samples_what_was_calibrated_with_some(run: Run, tmp_path: Path) -> None:
+    art, out = tmp_path / "art", tmp_path / "x.safetensors"
+    loaded(run("calibrate", "demo", *TINY, "--eta", "1", "--out", art, "--json"))
+    refused(run("sample", art, "--eta", "0.5", "--sampler", "ddpm", "--out", out), "--eta", "DDPMScheduler")
+    loaded(run("sample", art, "--n", 1, "--sampler", "ddpm", "--out", out, "--json"))
+    model = qe.load(art)
+    scheduler = make_sampler("ddpm", scheduler_of(model.key), str(art))
+    assert torch.equal(safetensors.torch.load_file(out)["samples"], qe.sample(model, scheduler, (1, 1, 32, 32), 6, 0))
 
 
 def test_guidance_from_calibration_to_images(run: Run, classes: Path, tmp_path: Path) -> None:

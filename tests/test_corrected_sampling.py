@@ -272,7 +272,7 @@ def test_steps_of_a_pipeline_that_do_not_fit() -> None:
         other = sampler("ddim") if wrong else sampler("ddpm")
         with pytest.raises(ValueError, match="another setting"):
             qe.corrected_scheduler(other, model, strict=True, **wrong).set_timesteps(STEPS)
-    model.corrects = True
+        assert model.corrects
 
 
 def test_what_a_corrected_scheduler_returns() -> None:

@@ -171,6 +171,10 @@ def test_normality_of_the_residual() -> None:
         assert float(found.skewness) == pytest.approx(skewness, abs=0.05)
         assert float(found.excess_kurtosis) == pytest.approx(kurtosis, abs=0.3)
         assert float(found.p_value) < 1e-6
+    for factor in (1.0, 1.3, 0.7):
+        exact = Moments.of(e, factor * e)
+        left = exact.normality(exact.k)
+        assert [float(v) for v in (left.skewness, left.excess_kurtosis, left.p_value)] == [0, 0, 1], "nothing is left"
 
 
 def ner_loss(gain: float, e: Tensor, quantized: Tensor, lambda1: float, lambda2: float, tau: float, n: int | None):

@@ -8,7 +8,7 @@ from typing import Any
 import networks
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from networks import CASES, STEPS, normal
 from torch import Tensor
 
@@ -82,7 +82,7 @@ def test_at_other_timesteps_a_pipelines_corrections_are_off() -> None:
 
 
 def test_eta_is_learnt_from_the_steps() -> None:
-    """Off from the second prediction with another eta on, in every later run too, until it fits again."""
+    """Off from the second prediction of a run with another eta on; a run does not depend on the one before."""
     _, model = corrected("unet2d", "mmse+ibc", {})
     scheduler = qe.corrected_scheduler(sampler(), model)
     x, e = normal(2, 3, 16, 16), normal(2, 3, 16, 16, seed=2)
@@ -100,9 +100,42 @@ def test_eta_is_learnt_from_the_steps() -> None:
         assert run(0.5) == [True, *[False] * (STEPS - 1)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert run(0.5) == [False] * STEPS
-        assert run(0.0) == [False, *[True] * (STEPS - 1)]
+        assert run(0.5) == [True, *[False] * (STEPS - 1)]
         assert run(0.0) == [True] * STEPS
+
+
+@pytest.mark.parametrize("wrong", [{"eta": 0.5}, {"use_clipped_model_output": True}])
+def test_what_a_strict_scheduler_refuses_changes_nothing(wrong: dict[str, Any]) -> None:
+    _, model = corrected("unet2d", "mmse+ibc", {})
+    scheduler = qe.corrected_scheduler(sampler(), model, strict=True)
+    x, e = normal(2, 3, 16, 16), normal(2, 3, 16, 16, seed=2)
+    scheduler.set_timesteps(STEPS)
+    first = int(scheduler.timesteps[0])
+    expected = scheduler.step(e, first, x).prev_sample
+    for _ in range(2):
+        with pytest.raises(ValueError, match="for another setting"):
+            scheduler.step(e, first, x, **wrong)
+        assert model.corrects and torch.equal(scheduler.step(e, first, x).prev_sample, expected)
+    with pytest.raises(ValueError, match=f"steps 2, not {STEPS}"):
+        scheduler.set_timesteps(2)
+    assert model.corrects
+    scheduler.set_timesteps(STEPS)
+    assert torch.equal(scheduler.step(e, first, x).prev_sample, expected)
+
+
+def test_timesteps_of_ones_own_are_not_the_corrected_ones() -> None:
+    """diffusers keeps the number of steps that was set before, so that the rest of the key would fit."""
+    unet, shape, kind = networks.network("unet2d"), CASES["unet2d"].shape, DDPMScheduler()
+    calibration = qe.calibrate(unet, kind, shape=shape, steps=STEPS, samples=2)
+    model = qe.quantize(unet, calibration, qe.Recipe.named("w4a8"))
+    noise = qe.measure_noise(model, unet, kind, shape, samples=2)
+    model = qe.correct(model, unet, kind, noise, "mmse", shape=shape)
+    scheduler = qe.corrected_scheduler(kind, model)
+    scheduler.set_timesteps(STEPS)
+    assert model.corrects
+    with pytest.warns(UserWarning, match="timesteps other than the corrected ones; they are off"):
+        scheduler.set_timesteps(timesteps=[800, 400, 1])
+    assert not model.corrects
 
 
 def test_the_key_is_that_of_what_was_measured() -> None:

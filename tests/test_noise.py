@@ -55,7 +55,9 @@ def test_more_bits_have_less_noise() -> None:
 
 def test_the_models_own_plan_gives_the_same() -> None:
     own = measure()
-    assert own.modes == ("A8",) and own.key == noise().key
+    rest = [{name: value for name, value in found.key.items() if name != "ranges"} for found in (own, noise())]
+    assert own.modes == ("A8",) and rest[0] == rest[1]
+    assert own.key["ranges"] == {"A8": noise().key["ranges"]["A8"]}
     assert torch.equal(own.sums[0], noise().sums[1]) and torch.equal(own.sums, measure().sums)
     # another batch size flips single roundings, in the float network's last bits and then in the integer one's
     other = measure(batch=3)
@@ -360,6 +362,24 @@ def test_wrong_corrections() -> None:
         correct("ner", ner_weights=NerWeights(lambda1=2.0))
     with pytest.raises(ValueError, match="samples must be at least 1"):
         correct("ner", samples=0)
+
+
+def test_noise_of_other_activation_scales_is_refused() -> None:
+    """The same integer weights in the same mode: ranges alone differ, in all rows or in one."""
+    unet, calibration = networks.network(NAME), networks.calibration(NAME)
+    mse, minmax = (qe.quantize(unet, calibration, qe.Recipe(observer=observer)) for observer in ("mse", "minmax"))
+    found = measure(model=mse, calibration=calibration)
+    assert correct("mmse", model=mse, noise=found).table.corrects()
+    scale = mse.table.scale.clone()
+    scale[2, 1] *= 1.01
+    for other in (minmax, mse.with_table(dataclasses.replace(mse.table, scale=scale))):
+        with pytest.raises(ValueError, match="noise was measured in another setting: other activation scales"):
+            correct("mmse", model=other, noise=found)
+    plan = qe.quantize(unet, calibration, qe.Recipe(plan=("A8", "A4", "A16", "A8")))
+    assert correct("mmse", model=plan, noise=found).table.corrects(), "every mode was measured with its own scales"
+    for ranges in ("", {}, {"A8": "x"}, {"A8": found.key["ranges"]["A8"][:3]}):
+        with pytest.raises(ValueError, match="other activation scales"):
+            correct("mmse", model=mse, noise=dataclasses.replace(found, key={**found.key, "ranges": ranges}))
 
 
 def test_one_sample_is_enough_to_be_defined() -> None:

@@ -284,6 +284,15 @@ def test_thresholds_of_extreme_ratios() -> None:
     assert snr_plan(equal, threshold_for(equal, 0.5)) == ("A8", "A8")
 
 
+def test_thresholds_are_above_ratios_that_round_down() -> None:
+    """1 / 49 * 49 < 1 and sqrt(3) * sqrt(3) < 3 in floating point."""
+    one = SignalToNoise((49.0, 49.0), {"A4": (1.0, 1.0), "A8": (9.0, 9.0)})
+    three = SignalToNoise((1.0, 1.0), {"A4": (3.0, 3.0), "A8": (9.0, 9.0)})
+    assert 1 / 49 * 49 < 1 and math.sqrt(3) * math.sqrt(3) < 3
+    for snr, share in ((one, 0.0), (one, 0.5), (three, 0.5)):
+        assert snr_plan(snr, threshold_for(snr, share)) == ("A8", "A8")
+
+
 def test_measured_ratios_are_those_of_the_norms() -> None:
     unet, (_, _, sampler) = networks.network("unet2d"), additive_case()
 

@@ -152,6 +152,7 @@ def calibrate(
     check_pairs(recipe, scheduler, steps, samples)
     if plan is not None:
         recipe = Recipe.from_dict({**recipe.to_dict(), "plan": read_plan(plan, scheduler, steps)})
+    check_samplers(recipe, correction, scheduler, steps)
     output.resume = f"the finished steps are in {partial}: run the same command to resume"
 
     from ..calibration.calibration import calibrate as run
@@ -215,6 +216,17 @@ def calibrate(
     output.result(data, lambda console: console.print(_calibrated(data), soft_wrap=True))
 
 
+def check_samplers(recipe: Any, correction: str, scheduler: Any, steps: int) -> None:
+    """Refuse a sampler that the plan or the correction is not for, before anything is learnt."""
+    from ..correction import estimation
+    from ..plans import choice
+    from ..samplers import prepared
+
+    ready = prepared(scheduler, steps)
+    choice.check_sampler(recipe.plan_request(), ready, [float(t) for t in ready.timesteps])
+    estimation.check_sampler(correction, scheduler, steps)
+
+
 def plan_trials(recipe: Any, rows: int) -> int:
     """How many trials choosing the recipe's plan takes."""
     from ..plans.choice import trials
@@ -233,7 +245,7 @@ def corrected(
     settings: dict[str, Any],
     calibration: Any,
 ) -> Any:
-    """The model corrected by ``method``; the noise of every mode that its plan has is measured in every row."""
+    """The model corrected by ``method``; the noise of `candidate_modes` is measured in every row."""
     from ..correction.estimation import correct
     from ..correction.measurement import measure_noise
     from ..recipe import check_correct
@@ -244,7 +256,7 @@ def corrected(
             unet,
             scheduler,
             calibration=calibration,
-            modes=tuple(dict.fromkeys(model.table.modes)),
+            modes=candidate_modes(model),
             cache_dir=partial / "noise",
             on_step=lambda _: advance(),
             **settings,
@@ -261,6 +273,15 @@ def corrected(
             on_step=lambda _: advance(),
             **settings,
         )
+
+
+def candidate_modes(model: Any) -> tuple[str, ...]:
+    """The modes that the model's plan has, or was chosen from."""
+    from ..plans.choice import needed_modes
+
+    request = model.recipe.plan_request()
+    chosen_from = needed_modes(request) if request is not None and request.measured else ()
+    return tuple(dict.fromkeys([*model.table.modes, *chosen_from]))
 
 
 def _calibrated(data: dict[str, Any]) -> str:

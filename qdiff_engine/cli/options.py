@@ -229,9 +229,14 @@ def make_sampler(sampler: str, scheduler: Any, source: str) -> Any:
     return scheduler
 
 
+def takes_eta(scheduler: Any) -> bool:
+    """Whether the sampler's steps have an eta, as DDIM's."""
+    return "eta" in inspect.signature(scheduler.step).parameters
+
+
 def check_eta(eta: float | None, scheduler: Any) -> float:
     """``--eta``, 0 when it is not given; refused before any work where the sampler takes none."""
-    if eta and "eta" not in inspect.signature(scheduler.step).parameters:
+    if eta and not takes_eta(scheduler):
         raise ValueError(f"--eta {eta:g}: {type(scheduler).__name__} takes no eta; use --sampler ddim")
     return eta or 0.0
 

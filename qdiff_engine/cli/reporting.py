@@ -79,7 +79,7 @@ def report(
             steps,
             n,
             seed,
-            eta=eta_of(eta, model.key),
+            eta=eta_of(eta, model.key, scheduler),
             batch=batch,
             features=extractor,
             on_step=lambda *_: advance(),

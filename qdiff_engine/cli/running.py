@@ -11,6 +11,7 @@ import click
 from .options import (
     Command,
     check_conditioning,
+    check_eta,
     correction_option,
     count_option,
     features_option,
@@ -22,6 +23,7 @@ from .options import (
     sampler_option,
     sampling_options,
     scheduler_of,
+    takes_eta,
     use_machine,
 )
 from .output import Output, megabytes
@@ -80,7 +82,7 @@ def sample(
             (n, channels, height, width),
             steps,
             seed,
-            eta=eta_of(eta, model.key),
+            eta=eta_of(eta, model.key, scheduler),
             batch=batch,
             correction=correction,
             on_step=lambda _: advance(),
@@ -92,9 +94,11 @@ def sample(
     output.result(data, lambda console: console.print(f"{path}: {n} images in {seconds:.1f} s", soft_wrap=True))
 
 
-def eta_of(given: float | None, key: dict[str, Any]) -> float:
-    """``--eta``, or the one that the artifact was calibrated with."""
-    return float(key.get("eta", 0.0)) if given is None else given
+def eta_of(given: float | None, key: dict[str, Any], scheduler: Any) -> float:
+    """``--eta``, or the one that the artifact was calibrated with, where the sampler takes one."""
+    if given is not None:
+        return check_eta(given, scheduler)
+    return float(key.get("eta", 0.0)) if takes_eta(scheduler) else 0.0
 
 
 def _sample_path(out: str) -> Path:
@@ -170,7 +174,7 @@ def compare(
             steps,
             n,
             seed,
-            eta=eta_of(eta, model.key),
+            eta=eta_of(eta, model.key, scheduler),
             batch=batch,
             correction=correction,
             features=extractor,

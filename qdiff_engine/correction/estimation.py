@@ -16,7 +16,7 @@ from ..calibration.calibration import sample_shape
 from ..calibration.checkpoint import Checkpoint
 from ..recipe import CorrectionRequest, check_correct
 from ..runtime.model import IntegerUNet
-from ..samplers import StepCoefficients, Stepper, coefficients, differences, prepared, sampler_key
+from ..samplers import StepCoefficients, Stepper, coefficients, differences, prepared, sampler_key, signal_shares
 from ..sampling import Conditioning, Guidance, check_count, evaluating, initial_noise
 from ..tables import Correction, Noise
 from .drift import input_affine, input_bias
@@ -27,6 +27,7 @@ from .measurement import (
     moments,
     noise_key,
     progress_key,
+    ranges_fingerprints,
     weights_fingerprint,
 )
 from .moments import Moments
@@ -94,18 +95,17 @@ def correct(
     noise, steps, eta = _measured(model, noise, scheduler, guidance_scale)
     method = model.recipe.correct if method is None else method
     asked = check_correct(method)
+    check_sampler(method, scheduler, steps)
     step_rows = coefficients(prepared(scheduler, steps), eta)
-    if step_rows is None and (asked.input_bias or asked.sampler_variance):
-        raise ValueError(
-            f"+ibc, +ivc and +vsc are for DDIM and DDPM, got {type(scheduler).__name__}; use {asked.output!r}"
-        )
     guidance = Guidance(guidance_scale, unconditional, conditioning)
     samples = int(noise.key["samples"]) if samples is None else check_count("samples", samples)
     tables = _Tables(model, noise, asked, ner_weights or NerWeights(), clamp)
     if asked.sampler_variance:
         assert step_rows is not None
         tables.take_sampler(step_rows)
-    key = noise_key(model, scheduler, steps, eta, guidance, samples, seed) if asked.rolled_out else noise.key
+    key = {name: value for name, value in noise.key.items() if name != "ranges"}
+    if asked.rolled_out:
+        key = noise_key(model, scheduler, steps, eta, guidance, samples, seed)
     if asked.input_bias and samples < _FEW:
         warnings.warn(
             f"{_NOTE} +ibc from {samples} samples has noise of its own, {_FEW} and more are better", stacklevel=2
@@ -126,6 +126,19 @@ def correct(
     return tables.corrected(model, method, key | {"modes": list(model.table.modes)})
 
 
+def check_sampler(method: str, scheduler: Any, steps: int) -> None:
+    """Raise ValueError where a sampler cannot be corrected by ``method``; cheap, so that it can come first."""
+    asked = check_correct(method)
+    if method == "none":
+        return
+    ready = prepared(scheduler, steps)
+    signal_shares(ready, [float(t) for t in ready.timesteps])
+    if coefficients(ready) is None and (asked.input_bias or asked.sampler_variance):
+        raise ValueError(
+            f"+ibc, +ivc and +vsc are for DDIM and DDPM, got {type(scheduler).__name__}; use {asked.output!r}"
+        )
+
+
 def _measured(
     model: IntegerUNet, noise: Noise | None, scheduler: Any, guidance_scale: float | None
 ) -> tuple[Noise, int, float]:
@@ -143,9 +156,22 @@ def _measured(
         found.append(f"weights of {noise.key.get('weight_bits')} bits, not {model.recipe.weight_bits}")
     elif noise.key.get("weights", own := weights_fingerprint(model)) != own:
         found.append("other integer weights or weight scales")
+    elif not _same_ranges(noise, model):
+        found.append("other activation scales")
     if found:
         raise ValueError(f"noise was measured in another setting: {'; '.join(found)}")
     return noise, steps, float(eta)
+
+
+def _same_ranges(noise: Noise, model: IntegerUNet) -> bool:
+    """Whether every row of the model runs with the activation scales that its mode was measured with."""
+    measured = noise.key.get("ranges")
+    if not isinstance(measured, dict):
+        return measured is None
+    rows = [(r, mode) for r, mode in enumerate(model.table.modes) if mode in noise.modes]  # of others `moments` tells
+    own = ranges_fingerprints(model)
+    found = {mode: measured.get(mode) for _, mode in rows}
+    return all(isinstance(f := found[mode], list) and f[r : r + 1] == own[r : r + 1] for r, mode in rows)
 
 
 def _affine(output: str, found: Moments, clamp: bool) -> OutputCorrection:

@@ -15,7 +15,7 @@ from ..calibration.checkpoint import Checkpoint, fingerprint
 from ..graph.capture import hash_parameters
 from ..quantization import equalised, make_table
 from ..runtime.model import IntegerUNet
-from ..samplers import prepared, sampler_key, step_arguments
+from ..samplers import prepared, sampler_key, signal_shares, step_arguments
 from ..sampling import (
     Conditioning,
     Guidance,
@@ -31,6 +31,7 @@ from .moments import Moments
 
 SEED = 10_000  # far from the seeds of calibration and of images, so that no correction is judged on its own samples
 OnStep = Callable[[Step], None]
+_SHORT = 16  # hexadecimal digits that tell one row's scales from another's
 
 
 @torch.no_grad()
@@ -87,7 +88,8 @@ def measure_noise(
     rows = calibrated_rows(model, ready)
     contenders = _contenders(model, calibration, modes)
     key = noise_key(model, scheduler, steps, eta, guidance, samples, seed)
-    alpha_bar = _alpha_bar(ready, model.table.timesteps)
+    key["ranges"] = {mode: ranges_fingerprints(contender) for mode, (contender, _) in contenders.items()}
+    alpha_bar = signal_shares(ready, model.table.timesteps)
     checkpoint = None
     if cache_dir is not None:
         progress = {**key, **progress_key(model, contenders), "shape": list(shape_), "batch": batch}
@@ -210,11 +212,11 @@ def weights_fingerprint(model: IntegerUNet) -> str:
     return fingerprint({f"{i}.{name}": v for i, w in enumerate(parts) for name, v in (("q", w.values), ("s", w.scale))})
 
 
-def _alpha_bar(scheduler: Any, timesteps: Sequence[float]) -> Tensor:
-    values = getattr(scheduler, "alphas_cumprod", None)
-    if values is None:
-        raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod, so the signal's share is not known")
-    return torch.stack([values[min(round(t), len(values) - 1)] for t in timesteps]).double()
+def ranges_fingerprints(model: IntegerUNet) -> list[str]:
+    """What tells the activation scales of every row from others."""
+    table = model.table
+    rows = zip(table.scale, table.zero_point, table.bits, strict=True)
+    return [fingerprint({"scale": s, "zero_point": z, "bits": b})[:_SHORT] for s, z, b in rows]
 
 
 class _Meter:

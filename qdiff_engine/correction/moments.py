@@ -152,13 +152,13 @@ class Moments:
         return torch.where(noise > 0, (signal / noise.clamp(min=1e-300)).sqrt(), math.inf)
 
     def normality(self, k: Tensor) -> Normality:
-        """How far d - k e is from a normal distribution; exactly normal where it is constant."""
+        """How far d - k e is from a normal distribution; exactly normal where it is constant, to rounding."""
         raw = [self._residual_raw(k, order) for order in range(5)]
         mean = raw[1]
         second = self.residual_variances(k).mean(-1)
         third = (raw[3] - 3 * mean * raw[2] + 2 * mean**3).mean(-1)
         fourth = (raw[4] - 4 * mean * raw[3] + 6 * mean.square() * raw[2] - 3 * mean**4).mean(-1)
-        some, safe = second > 0, second.clamp(min=1e-300)
+        some, safe = second > _ROUNDING * self.error_variance.mean(-1), second.clamp(min=1e-300)
         skewness = torch.where(some, third / safe**1.5, 0.0)
         kurtosis = torch.where(some, fourth / safe.square() - 3, 0.0)
         n = self.count * self.sums.shape[-2]

@@ -21,7 +21,7 @@ def corrected_scheduler(
     step's x' and scales the step's noise by s'[r] / s[r]; any other sampler steps as it is. When the pipeline sets its
     steps, and at a step with another eta than the step before, the corrections' key is compared: where it does not fit,
     all of them are off, the model's too, until it does. A pipeline hands eta to the step alone, so the first prediction
-    with another eta than the last one known (at first the corrections' own) is corrected as if that one still held.
+    of a run is corrected as if the corrections' own eta held; what was refused (``strict``) changes nothing.
 
     A pipeline that rescales its guidance changes the guided prediction after the model: then correct the output only.
 
@@ -60,31 +60,28 @@ class _State:
     def __init__(self, kind: type, model: IntegerUNet, guidance_scale: float | None, strict: bool) -> None:
         self.kind, self.model, self.guidance_scale, self.strict = kind, model, guidance_scale, strict
         self.on = True
-        self.eta: float | None = None  # of the last step; None before the first, or where a step takes none
-        self.clipped_output = False  # whether the last step was told to use it
+        assert model.correction is not None
+        self.own_eta = float(model.correction.key.get("eta", 0.0))
+        self.heard = (self.own_eta, False)  # eta, and whether the clipped sample gives the direction, of the last step
+        self.input_bias = model.correction.input_bias  # on the device of the last step
         self.scale: float | None = None  # of the noise that a DDPM step in progress draws
         self.warned: set[str] = set()
 
-    def check(self, scheduler: Any) -> None:
-        """Switch everything on or off for the steps that are set, and what is known of a step."""
-        assert self.model.correction is not None
-        eta = self.model.correction.key.get("eta", 0.0) if self.eta is None else self.eta
+    def check(self, scheduler: Any, eta: float | None = None, clipped_output: bool = False) -> None:
+        """Switch everything on or off for the steps that are set, and for what a step was told; None where nothing."""
+        correction, eta = self.model.correction, self.own_eta if eta is None else eta
+        assert correction is not None
         key = sampler_key(scheduler, scheduler.num_inference_steps, eta, self.guidance_scale)
         reasons = mismatches(self.model, key)
-        if self.clipped_output:
+        if {float(t) for t in scheduler.timesteps} != set(correction.timesteps) and not reasons:
+            reasons.append("timesteps other than the corrected ones")
+        if clipped_output:
             reasons.append("use_clipped_model_output True, not False")
-        self.switch(not reasons, "; ".join(reasons))
-
-    def switch(self, on: bool, reason: str) -> None:
-        """Corrections on, or off for a reason."""
-        self.on = self.model.corrects = on
-        if on:
-            return
-        assert self.model.correction is not None
-        message = f"the model's corrections ({self.model.correction.method}) are for another setting: {reason}"
-        if self.strict:
+        message = f"the model's corrections ({correction.method}) are for another setting: {'; '.join(reasons)}"
+        if reasons and self.strict:
             raise ValueError(message)
-        if message not in self.warned:
+        self.heard, self.on, self.model.corrects = (eta, clipped_output), not reasons, not reasons
+        if reasons and message not in self.warned:
             self.warned.add(message)
             warnings.warn(f"{message}; they are off", UserWarning, stacklevel=4)
 
@@ -129,11 +126,9 @@ def _corrected_class(kind: Any) -> Any:
 
 def _check_step(scheduler: Any, state: _State, arguments: dict[str, Any]) -> None:
     """Compare the key again at a step whose eta, or direction from the clipped sample, is not the last step's."""
-    eta = float(arguments["eta"]) if "eta" in arguments else None
-    clipped_output = bool(arguments.get("use_clipped_model_output"))
-    if (eta, clipped_output) != (state.eta, state.clipped_output):
-        state.eta, state.clipped_output = eta, clipped_output
-        state.check(scheduler)
+    eta, clipped_output = float(arguments.get("eta", state.own_eta)), bool(arguments.get("use_clipped_model_output"))
+    if (eta, clipped_output) != state.heard:
+        state.check(scheduler, eta, clipped_output)
 
 
 def _corrected_step(scheduler: Any, kind: type[Any], state: _State, arguments: dict[str, Any]) -> Any:
@@ -157,7 +152,8 @@ def _corrected_step(scheduler: Any, kind: type[Any], state: _State, arguments: d
         result = kind.step(scheduler, **arguments)
     finally:
         state.scale = None
-    bias, gain = correction.input_bias[row].to(sample.device, sample.dtype), float(correction.input_scale[row])
+    state.input_bias = state.input_bias.to(sample.device)  # copied once, not at every step
+    bias, gain = state.input_bias[row].to(sample.dtype), float(correction.input_scale[row])
     bias = bias.reshape(*bias.shape, *[1] * (sample.dim() - 1 - bias.dim()))
     if isinstance(result, tuple):
         return (gain * result[0] + bias, *result[1:])

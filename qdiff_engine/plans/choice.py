@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ..plan_requests import FULL_BITS, MODE_BITS, PlanRequest, check_reachable, switchable_fraction
+from ..samplers import signal_shares
 from ..sampling import evaluating, initial_noise
 from .budget import Effects, Progress, best_assignment, block_sizes, expanded, measure_effects
 from .snr import RULE_MODES, measure_snr, snr_plan, threshold_for
@@ -49,6 +50,12 @@ class PlanChoice:
 def needed_modes(request: PlanRequest) -> tuple[str, ...]:
     """The uniform models that choosing the plan takes."""
     return RULE_MODES if request.kind == "snr" else request.modes
+
+
+def check_sampler(request: PlanRequest | None, scheduler: Any, timesteps: Sequence[float]) -> None:
+    """Raise ValueError where the plan cannot be found for a sampler; cheap, so that it can come first."""
+    if request is not None and request.kind == "snr":
+        signal_shares(scheduler, timesteps)
 
 
 def trials(request: PlanRequest, rows: int) -> int:

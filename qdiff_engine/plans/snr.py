@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..evaluation import guided_prediction
+from ..samplers import signal_shares
 from ..sampling import Step
 from .trial import Sampler, by_bits
 
+_ABOVE = 1 + 2**-50  # times a rounded ratio q / s, and that times s: at least q
 RULE_MODES = ("A4", "A8")
 
 
@@ -35,18 +36,9 @@ class SignalToNoise:
 
 
 def signal_to_noise(scheduler: Any, timesteps: Sequence[float]) -> tuple[float, ...]:
-    """alpha_bar / (1 - alpha_bar) at every timestep; infinite without noise.
-
-    Raises:
-        ValueError: a scheduler without alphas_cumprod (flow matching, EDM), or a timestep outside it.
-    """
-    table = getattr(scheduler, "alphas_cumprod", None)
-    if not isinstance(table, Tensor):
-        raise ValueError(f"the SNR rule needs a scheduler with alphas_cumprod, which {type(scheduler).__name__} lacks")
-    if any(not 0 <= round(t) < len(table) for t in timesteps):
-        raise ValueError(f"timesteps must lie in the schedule, 0 to {len(table) - 1}")
-    values = [float(table[round(t)].double()) for t in timesteps]
-    return tuple(value / (1 - value) if value < 1 else math.inf for value in values)
+    """alpha_bar / (1 - alpha_bar) at every timestep; infinite without noise. Errors are those of `signal_shares`."""
+    shares = signal_shares(scheduler, timesteps).tolist()
+    return tuple(share / (1 - share) if share < 1 else math.inf for share in shares)
 
 
 @torch.no_grad()
@@ -94,20 +86,23 @@ def _exceeds(quantised: float, threshold: float, signal: float) -> bool:
 def threshold_for(snr: SignalToNoise, share: float) -> float:
     """The threshold at which the rule gives A4 to round(share x rows) rows: half-way between two rows, in logarithms.
 
-    Rows whose ratios are equal cannot be parted; then the plan is the nearest the rule allows from below.
+    Rows whose ratios are equal cannot be parted; then the plan is the nearest the rule allows from below. Infinite for
+    no row at A4.
     """
     lowest = by_bits(snr.quantised)[0]
     pairs = zip(snr.quantised[lowest], snr.signal, strict=True)
     critical = sorted((_ratio(quantised, signal) for quantised, signal in pairs), reverse=True)
     count = round(share * len(critical))
     if count == 0:
-        return critical[0]
+        return math.inf
     if count == len(critical):
         return 1.0 if math.isinf(critical[-1]) else critical[-1] / 2
     above, below = critical[count - 1], critical[count]
     if math.isinf(above):
         return below if math.isinf(below) else 2 * below + 1
-    return math.sqrt(above) * math.sqrt(below) if below > 0 else above / 2
+    if below == 0:
+        return above / 2
+    return max(math.sqrt(above) * math.sqrt(below), below * _ABOVE)
 
 
 def _ratio(quantised: float, signal: float) -> float:

@@ -38,7 +38,7 @@ class Report:
         summary: the object of ``qdiff inspect``; ``bops``: the model's.
         comparisons: under `MODEL`, and under `PLAIN` where the model carries a correction.
         table: scales and corrections by row.
-        signal_db: 10 log10(alpha_bar / (1 - alpha_bar)) of every step; None for a sampler without alphas_cumprod.
+        signal_db: 10 log10(alpha_bar / (1 - alpha_bar)) of every step; None where the sampler does not tell.
         corrections: tables [R, C] or [R] to draw against the timestep, by title.
         noise: likewise what was measured of the quantisation noise.
         off: why the corrections are not for this sampler, and were off; empty where they were on.
@@ -106,9 +106,10 @@ def measure(
         features=features,
         on_step=on_step,
     )
-    signal = None
-    if isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
+    try:
         signal = [decibels(v, 1.0) for v in signal_to_noise(scheduler, comparisons[MODEL].timesteps)]
+    except ValueError:  # no alphas_cumprod, or timesteps that are no indices of it
+        signal = None
     sampler = sampler_key(scheduler, steps, eta, guidance_scale)
     return Report(
         inspect(model),
