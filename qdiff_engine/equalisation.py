@@ -18,12 +18,14 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .calibration.calibration import Calibration
+from .calibration.checkpoint import Checkpoint, fingerprint
 from .calibration.observers import BINS, Histogram, affine, merged
 from .graph.factors import FACTORS, LIMIT, channel_axis, factor_keys, readers
 from .graph.interpret import flatten_conditioning, quantize_rows, run_float
@@ -54,7 +56,11 @@ class Reader:
 
 @torch.no_grad()
 def equalise(
-    calibration: Calibration, recipe: Recipe, bits: Tensor, on_step: Callable[[], None] | None = None
+    calibration: Calibration,
+    recipe: Recipe,
+    bits: Tensor,
+    on_step: Callable[[], None] | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Calibration:
     """The calibration of the equalised network: its factors and weights, and statistics of what its quantisers see.
 
@@ -62,6 +68,7 @@ def equalise(
         recipe: weight bits, observer and rows that candidates are judged with; weights are rounded to nearest.
         bits: uint8 [R, S], activation bits of every site in every row.
         on_step: called after each of `progress_steps`.
+        cache_dir: folder for the sites that are searched; an interrupted run with the same arguments resumes there.
 
     Returns:
         ``calibration`` itself where no site gains, or where it is equalised already.
@@ -69,12 +76,19 @@ def equalise(
     if factor_keys(calibration.capture.graph):
         return calibration
     advance = on_step or (lambda: None)
+    asked = {name: getattr(recipe, name) for name in ("weight_bits", "weight_group", "observer", "rows")}
+    key = {**calibration.key, "equalise": asked, "bits": fingerprint(bits)}
+    checkpoint = None if cache_dir is None else Checkpoint.open(cache_dir, key)
     aligned, factors = _aligned_sites(calibration), {}
-    for site, column in zip(calibration.sites, bits.unbind(1), strict=True):
-        if site in aligned:
+    for i, (site, column) in enumerate(zip(calibration.sites, bits.unbind(1), strict=True)):
+        known = None if checkpoint is None else checkpoint.load(i)
+        if known is None and site in aligned:
             found = search(_readers(calibration, site, recipe), _rows(calibration), column, recipe)
-            if found is not None:
-                factors[site] = found
+            known = {} if found is None else {"factors": found}
+            if checkpoint is not None:
+                checkpoint.save(i, known)
+        if known:
+            factors[site] = known["factors"]
         advance()
     return _observed(with_factors(calibration, factors), set(factors), advance) if factors else calibration
 

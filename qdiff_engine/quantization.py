@@ -16,6 +16,7 @@ from .calibration.calibration import Calibration
 from .calibration.observers import affine, merged
 from .equalisation import equalise
 from .graph.capture import hash_parameters
+from .graph.factors import factor_keys
 from .graph.ir import Graph
 from .models import usable_device
 from .plan_requests import expected_modes, preset_modes
@@ -80,7 +81,7 @@ def quantize(
     trial_sampler = _trial_sampler(calibration) if request is not None and request.measured else None
     if trial_sampler is not None:
         check_sampler(request, trial_sampler.scheduler, calibration.timesteps)
-    calibration = equalised(calibration, recipe)
+    calibration = equalised(calibration, recipe, cache_dir=None if cache is None else cache / "equalise")
     captured, parameters = calibration.capture.graph, calibration.capture.constants
     rounding = None if cache is None else cache / "weights"
     rounded, learnt = rounded_layers(calibration, recipe, rounding, on_layer, on_progress, on_start, device)
@@ -126,12 +127,26 @@ def quantize(
     return aligned(first.with_table(chosen))
 
 
-def equalised(calibration: Calibration, recipe: Recipe, on_step: Callable[[], None] | None = None) -> Calibration:
+def equalised(
+    calibration: Calibration,
+    recipe: Recipe,
+    on_step: Callable[[], None] | None = None,
+    cache_dir: str | Path | None = None,
+) -> Calibration:
     """The calibration of the network that the recipe quantises: equalised where it asks for that, once.
 
     Factors are searched at the modes of the plan; where it is still to be measured, at its fewest bits.
+
+    Args:
+        on_step: called after each of `equalisation.progress_steps`, for progress.
+        cache_dir: folder for work in progress; an interrupted run with the same arguments resumes there.
+
+    Raises:
+        ValueError: the calibration is equalised, the recipe is not.
     """
     if recipe.equalise == "off":
+        if factor_keys(calibration.capture.graph):
+            raise ValueError("calibration is equalised, and recipe has equalise='off'; give one that has 'on'")
         return calibration
     request, rows = recipe.plan_request(), len(calibration.timesteps)
     if request is not None and request.measured:
@@ -139,7 +154,7 @@ def equalised(calibration: Calibration, recipe: Recipe, on_step: Callable[[], No
     else:
         modes = plan_of(recipe, rows)
     bits = site_bits(calibration.capture.graph, calibration.sites, modes, recipe.edges)
-    return equalise(calibration, recipe, bits, on_step)
+    return equalise(calibration, recipe, bits, on_step, cache_dir)
 
 
 def _trial_sampler(calibration: Calibration) -> Sampler:

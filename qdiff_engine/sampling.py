@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .memory import memory_errors
 from .samplers import Stepper, mismatches, sampler_key
 from .samplers import check_count as check_count
 from .samplers import prepared as prepared
@@ -192,7 +193,9 @@ class Guidance:
     ) -> tuple[Tensor, Tensor | None]:
         """`branches` of all samples [n, C, H, W], ``batch`` a call; float32, where the samples are."""
         chunks = [range(j, min(j + batch, len(sample))) for j in range(0, len(sample), batch)]
-        parts = [self.branches(unet, sample[c.start : c.stop], timestep, c, hear) for c in chunks]
+        mend = "lower batch (--batch)" if batch > 1 else "batch is 1 already: use a device with more memory"
+        with memory_errors(f"run {batch} samples at a time", mend):
+            parts = [self.branches(unet, sample[c.start : c.stop], timestep, c, hear) for c in chunks]
         with_, without = (
             None if side[0] is None else torch.cat([part.float() for part in side]) for side in zip(*parts, strict=True)
         )

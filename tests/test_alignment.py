@@ -287,6 +287,9 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             qe.align(model, calibration, AlignmentSettings(**{"group": 2, **settings}))
+    for name in ("rounding", "recompute"):
+        with pytest.raises(TypeError, match=f"{name} must be a bool, got int"):
+            qe.align(model, calibration, AlignmentSettings(group=2, **{name: 1}))
     with pytest.raises(TypeError, match="settings must be AlignmentSettings, got dict"):
         qe.align(model, calibration, {"group": 2})  # type: ignore[arg-type]
     for device in ("banana", "cuda:99"):

@@ -140,10 +140,12 @@ def test_other_samplers_replay_their_state(name: str) -> None:
     assert not torch.equal(aligned.table.scale, quantised(calibration).table.scale)
 
 
-def test_memory_estimate_is_what_a_call_saves() -> None:
-    """From calls with one and two samples: within 2 % of what three guided samples really keep."""
+@pytest.mark.parametrize("first", ["A4", "A16"])
+def test_memory_estimate_is_what_a_call_saves(first: str) -> None:
+    """From calls with one and two samples: within 2 % of what three guided samples really keep, in any mode."""
     calibration = calibrated(**GUIDED)
-    path, model = float_path(calibration, batch=3), quantised(calibration)
+    plan = (first, *("A4",) * (len(calibration.timesteps) - 1))
+    path, model = float_path(calibration, batch=3), quantised(calibration, plan=plan)
     simulation = Simulation(model, Learnt(model))
     moments = path.moments[0]
     with SavedBytes(held_by(simulation)).counting() as saved:

@@ -53,7 +53,7 @@ def divided(name: str) -> Calibration:
 
 @functools.cache
 def quantised(name: str, recipe: str) -> qe.IntegerUNet:
-    return quantize(networks.network(name), divided(name), Recipe.named(recipe))
+    return quantize(networks.network(name), divided(name), Recipe.named(recipe, equalise="on"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -210,6 +210,41 @@ def test_equalised_models_are_nearer_to_float() -> None:
     assert on < 0.7 * off, (off, on)
 
 
+def test_an_interrupted_search_resumes_to_the_same_factors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, calibration, _ = loud()
+    recipe, counted, searched = Recipe.named("w4a4", equalise="on"), list[int](), list[int]()
+    whole = equalised(calibration, recipe)
+
+    class Stop(Exception):
+        pass
+
+    def stop() -> None:
+        counted.append(1)
+        if len(counted) == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        equalised(calibration, recipe, stop, tmp_path)
+    search = equalisation.search
+    monkeypatch.setattr(equalisation, "search", lambda *given: searched.append(1) or search(*given))
+    resumed = equalised(calibration, recipe, cache_dir=tmp_path)
+    sites = len(searched)
+    assert sites > 0 and factor_keys(resumed.capture.graph)
+    for key in factor_keys(whole.capture.graph):
+        assert torch.equal(whole.capture.constants[key], resumed.capture.constants[key])
+    equalised(calibration, recipe, cache_dir=tmp_path)
+    assert len(searched) == sites, "every site is known"
+    equalised(calibration, dataclasses.replace(recipe, weight_bits=8), cache_dir=tmp_path)
+    assert len(searched) > 2 * sites - 1, "another recipe's are searched afresh"
+
+
+def test_a_recipe_must_say_that_its_calibration_is_equalised() -> None:
+    unet, calibration, _ = loud()
+    once = equalised(calibration, Recipe.named("w4a4", equalise="on"))
+    with pytest.raises(ValueError, match="calibration is equalised, and recipe has equalise='off'"):
+        qe.quantize(unet, once, Recipe.named("w4a4"))
+
+
 def test_equalising_again_changes_nothing() -> None:
     _, calibration, models = loud()
     recipe = Recipe.named("w4a4", equalise="on")
@@ -227,7 +262,7 @@ def test_a_plan_still_to_be_measured_is_served_at_its_fewest_bits(
     plan: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
-    monkeypatch.setattr(quantization, "equalise", lambda calibration, recipe, bits, on_step: seen.append(bits))
+    monkeypatch.setattr(quantization, "equalise", lambda _, recipe, bits, *more: seen.append(bits))
     calibration = networks.calibration("unet2d")
     equalised(calibration, Recipe.named("w4a8", plan=plan, equalise="on"))
     assert seen[0].shape == (len(calibration.timesteps), len(calibration.sites))

@@ -13,8 +13,8 @@ import networks
 KILLS = 10
 FILES = ("config.json", "graph.json", "model.safetensors")
 STAGES = (
-    "--recipe w4a4 --steps 3 --samples 2 --observer minmax --weights adaround --learn-iterations 2 --learn-samples 3 "
-    "--step-sizes learnt --align accuquant:2 --align-iterations 60 --align-batch 1 --align-rounding "
+    "--recipe w4a4 --steps 3 --samples 2 --observer minmax --equalise on --weights adaround --learn-iterations 2 "
+    "--learn-samples 3 --step-sizes learnt --align accuquant:2 --align-iterations 60 --align-batch 1 --align-rounding "
     "--correct mmse+ibc+ivc --correct-samples 16 --threads 1"
 )
 

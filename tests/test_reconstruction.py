@@ -372,6 +372,21 @@ def test_smaller_batches_keep_less_for_backward() -> None:
     assert kept[0] < kept[1] < kept[2]
 
 
+def test_learnt_step_sizes_keep_more_for_backward() -> None:
+    calibration = networks.calibration("unet2d")
+    table, kept, peaks = make_table(calibration, Recipe()), list[int](), list[int]()
+    for groups in (None, 1):
+        told: list[Memory] = []
+        settings = ReconstructionSettings("adaround", iterations=1, samples=8, step_groups=groups)
+        with SavedBytes().counting() as saved:
+            reconstruct(calibration, table, settings, on_start=told.append)
+        assert 0.3 * told[0].learning < saved.peak < 1.1 * told[0].learning
+        kept.append(told[0].learning)
+        peaks.append(saved.peak)
+    assert peaks[0] < peaks[1] and kept[0] < kept[1]
+    assert kept[1] - kept[0] == pytest.approx(peaks[1] - peaks[0], rel=0.5)
+
+
 def test_products_are_mixed_inside_and_as_they_were_outside() -> None:
     products = torch.backends.cuda.matmul
     before = products.fp32_precision
@@ -402,6 +417,47 @@ def test_running_out_of_memory_names_the_setting(monkeypatch: pytest.MonkeyPatch
     ) as found:
         reconstruct(calibration, make_table(calibration, Recipe()), ReconstructionSettings("gptq", samples=4))
     assert found.value.errno == errno.ENOMEM
+    with pytest.raises(OSError, match=r"with 6 samples; lower the number of learn_pairs \(--learn-pairs\)"):
+        reconstruct(calibration, make_table(calibration, Recipe()), ReconstructionSettings("gptq", pairs="uniform:6"))
+
+
+def test_the_learning_set_is_as_large_as_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the number that is told is what fits, as many of each of four steps, or as many as are selected."""
+    calibration = networks.calibration("unet2d")
+    each = 2 * waiting_bytes(calibration.capture.graph)
+    monkeypatch.setattr(stage, "_MEMORY", 5 * each)
+    for pairs, fitting in (("every", 4), ("uniform:9", 5)):
+        told: list[Memory] = []
+        settings = ReconstructionSettings("gptq", samples=9, pairs=pairs)
+        reconstruct(calibration, make_table(calibration, Recipe()), settings, on_start=told.append)
+        weights = sum(w.numel() for n in layers(calibration.capture.graph)
+                      for w in segments(n, calibration.capture.constants))  # fmt: skip
+        assert told[0].samples == fitting and told[0].rounded == 5 * weights
+        assert told[0].total == told[0].rounded + told[0].waiting + told[0].hessian
+
+
+class Embedded(nn.Module):
+    """A time embedding without an axis for samples: the timestep of the first serves all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 2, 3, padding=1)
+        self.inner, self.time = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(4, 8)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        waves = torch.cos(timestep[0].float() / 1000 * torch.arange(4))
+        h = F.silu(self.first(sample) + self.time(waves)[:, None, None])
+        return self.last(h + self.inner(h))
+
+
+def test_values_that_batches_cannot_have_are_refused() -> None:
+    """GPTQ hears one timestep after the other; blocks learn on samples of many."""
+    torch.manual_seed(0)
+    network = Embedded().eval()
+    calibration = calibrate(network, networks.ddim(), shape=(2, 8, 8), steps=2, samples=2)
+    assert set(quantize(network, calibration, Recipe.named("w4a8")).weights) == {"first", "inner", "last"}
+    with pytest.raises(ValueError, match="'adaround' cannot learn on samples of several timesteps.* use 'gptq'"):
+        quantize(network, calibration, Recipe.named("w4a8", weights="adaround", learn_iterations=2))
 
 
 def test_arguments_are_checked_first() -> None:

@@ -231,3 +231,12 @@ def test_prepared_leaves_the_scheduler_alone() -> None:
     scheduler.set_timesteps(7)
     mine = prepared(scheduler, 3)
     assert len(mine.timesteps) == 3 and len(scheduler.timesteps) == 7
+
+
+def test_running_out_of_memory_names_the_batch() -> None:
+    def full(*_: Any, **__: Any) -> Tensor:
+        raise MemoryError
+
+    for batch, mend in ((3, r"lower batch \(--batch\)"), (1, "batch is 1 already: use a device with more memory")):
+        with pytest.raises(OSError, match=f"not enough memory to run {batch} samples at a time; {mend}"):
+            qe.sample(full, networks.ddim(), (4, 2, 8, 8), steps=2, batch=batch)

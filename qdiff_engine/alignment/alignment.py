@@ -196,6 +196,9 @@ def check_settings(settings: Any, scheduler: Any, steps: int, samples: int, eta:
         value = getattr(settings, name)
         if not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+    for name in ("rounding", "recompute"):
+        if type(getattr(settings, name)) is not bool:
+            raise TypeError(f"{name} must be a bool, got {type(getattr(settings, name)).__name__}")
     selection = parse_selection(settings.pairs)
     if selection.count > length * samples:
         raise ValueError(f"pairs must be at most the calibration's {length * samples}, got {selection.count}")

@@ -41,9 +41,10 @@ class Memory:
 
 
 def estimated(simulation: Simulation, path: Path, batch: int) -> Memory:
-    """The memory of learning with ``batch`` samples a call, from calls with one sample and with two."""
-    held = list(held_by(simulation))
-    one, two = (_saved_by(simulation, path, count, held) for count in (1, 2))
+    """The memory of learning with ``batch`` samples a call, from calls with one sample and with two in every mode."""
+    held, table = list(held_by(simulation)), simulation.learnt.table0
+    of_mode = {table.modes[table.row(t)]: t for t in path.steps.timesteps}  # with A16, quantisers keep nothing
+    calls = [[_saved_by(simulation, path, t, count, held) for count in (1, 2)] for t in of_mode.values()]
     samples = sum(len(moments[0].samples) for moments in path.moments)
     rows = min(batch, samples) * (1 if path.guidance.scale is None else 2)
     latents = [moment.latents for moments in path.moments for moment in moments]
@@ -51,7 +52,7 @@ def estimated(simulation: Simulation, path: Path, batch: int) -> Memory:
     return Memory(
         parameters=_ADAM * _bytes([parameter for _, parameter in simulation.learnt.named()]),
         network=_bytes(held),
-        saved=one + max(two - one, 0) * (rows - 1),
+        saved=max(one + max(two - one, 0) * (rows - 1) for one, two in calls),
         path=_bytes(latents),
     )
 
@@ -62,11 +63,11 @@ def held_by(simulation: Simulation) -> Iterator[Tensor]:
     yield from simulation.learnt.held()
 
 
-def _saved_by(simulation: Simulation, path: Path, count: int, held: list[Tensor]) -> int:
-    """Bytes that one call with ``count`` samples saves for backward."""
+def _saved_by(simulation: Simulation, path: Path, at: float, count: int, held: list[Tensor]) -> int:
+    """Bytes that one call with ``count`` samples at a timestep saves for backward."""
     moment = path.moments[0][0]
     sample = path.steps.received(moment)[:1].repeat(count, 1, 1, 1).to(simulation.learnt.device)
-    timestep = timestep_tensor(path.steps.timesteps[0], count)
+    timestep = timestep_tensor(at, count)
     conditioning: dict[str, Any] = conditioning_for(path.guidance.conditioning, range(count))
     if simulation.parts is not None:
         return _saved_in_parts(simulation, held, lambda: predict(simulation, sample, timestep, conditioning))

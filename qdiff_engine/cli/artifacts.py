@@ -177,7 +177,7 @@ def calibrate(
         from ..equalisation import progress_steps
 
         with output.progress("equalising", progress_steps(calibration)) as advance:
-            calibration = equalised(calibration, recipe, on_step=advance)
+            calibration = equalised(calibration, recipe, advance, partial / "equalise")
     choices: list[Any] = []
     total = len(list(integer_layers(calibration.capture.graph))) + plan_trials(recipe, len(calibration.timesteps))
     total += learning_iterations(recipe, calibration)

@@ -68,9 +68,10 @@ def rounding_note(output: Output, recipe: Any) -> Any:
     """What tells the user how much memory rounding is expected to take, from a `reconstruction.memory.Memory`."""
 
     def started(memory: Any) -> None:
+        option = "--learn-samples" if recipe.learn_pairs == "every" else "--learn-pairs"
         output.note(
             f"rounding weights ({recipe.weights}) takes about {megabytes(memory.total)} at its peak, "
-            f"{megabytes(memory.of_samples)} of it for its samples (--learn-samples)"
+            f"{megabytes(memory.of_samples)} of it for its {memory.samples} samples ({option})"
         )
 
     return started
@@ -213,7 +214,7 @@ def align_settings(
     from ..pair_requests import parse_selection
     from ..recipe import check_align
 
-    parse_selection(pairs)
+    parse_selection(pairs, "--align-pairs")
     group = check_align(align)
     given: dict[str, Any] = {"iterations": iterations, "batch": batch}
     given |= {"recompute": recompute or None, "pairs": None if pairs == "every" else pairs}

@@ -49,7 +49,8 @@ class SegmentInputs:
             if covariance:
                 part = (moved.T @ moved).double()
                 products = part if products is None else products.add_(part)
-            kept.append(x[-count % stride :: stride])
+            some = x[-count % stride :: stride]
+            kept.append(some if stride == 1 else some.clone())  # a view would keep the whole batch
             count += len(x)
             while sum(map(len, kept)) > 4 * _PROBE:
                 kept, stride = [torch.cat(kept)[::2]], 2 * stride

@@ -26,6 +26,7 @@ from .step_sizes import StepSizes
 
 _RATE = 5e-2  # Adam's, of the choices; constant, for the choices are made at the end
 _SCALE_RATE, _SHIFT_RATE = 2e-3, 2e-2  # of log step sizes and of zero points; a cosine takes them to zero
+DROP = 0.5  # QDrop's probability that a value is left as it is in the float network
 _DECISION = 1000.0  # weight of the regulariser, when the error that learning starts from counts 1
 _CHECK = 16  # samples that the block evaluates at once where nothing is learnt
 
@@ -108,7 +109,7 @@ def learn_rounding(
     iterations: int,
     generator: torch.Generator,
     batch: int = 8,
-    drop: float = 0.5,
+    drop: float = DROP,
     on_iteration: OnIteration | None = None,
 ) -> dict[str, tuple[QuantizedWeight, ...]]:
     """Integer weights of the block's layers that least change its output; the scales stay those of ``start``.
@@ -133,7 +134,7 @@ def learn_rounding(
     choices = [weight.choice for weights in soft.values() for weight in weights]
     count = sum(choice.numel() for choice in choices)
     unit = reference_error(network, start, means, data)
-    optimizer = torch.optim.Adam([{"params": choices, "lr": _RATE}, *_step_parameters(network.steps)])
+    optimizer = torch.optim.Adam([{"params": choices, "lr": _RATE}, *step_parameters(network.steps)])
     samples = batches(len(data.rows), batch, generator)
     with torch.enable_grad(), mixed_precision():
         for iteration in range(iterations):
@@ -166,7 +167,7 @@ def learn_rounding(
     return {layer: tuple(weight.rounded().to("cpu") for weight in weights) for layer, weights in soft.items()}
 
 
-def _step_parameters(steps: StepSizes | None) -> list[dict[str, Any]]:
+def step_parameters(steps: StepSizes | None) -> list[dict[str, Any]]:
     """Adam's groups of what quantisers learn."""
     if steps is None or not steps.sites:
         return []

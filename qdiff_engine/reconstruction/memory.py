@@ -13,8 +13,9 @@ from ..memory import SavedBytes
 from ..tables import Table
 from .blocks import Block
 from .layers import layers, segments
-from .learning import BlockNetwork
+from .learning import DROP, BlockNetwork, step_parameters
 from .learning_set import LearningSet
+from .step_sizes import StepSizes
 
 _FLOAT = 4  # bytes
 _PER_HESSIAN = 5 * 8  # X^T X, its copy in order, a factor, the inverse and its factor, in float64
@@ -26,22 +27,26 @@ class Memory:
     """Bytes that reconstruction is expected to hold at its peak.
 
     Args:
+        rounded: the weights of all layers that are rounded already, as integers and as what these stand for.
         waiting: what later nodes still read of every sample, in the quantised branch and the float one.
         entries: what the block with the largest ones receives and answers, over all samples.
         hessian: GPTQ's matrices of the layer with the most inputs, also where AdaRound starts from them.
         learning: the choices of the largest block's weights, and what a batch keeps for its backward pass; on the
             device that learns. The others are in the memory of the CPU.
+        samples: how many inputs of the network that is for: fewer than asked for where more would not fit.
     """
 
+    rounded: int
     waiting: int
     entries: int
     hessian: int
     learning: int
+    samples: int
 
     @property
     def total(self) -> int:
         """What is held at once: GPTQ is done when a block's entries are gathered and learning begins."""
-        return self.waiting + max(self.hessian, self.entries + self.learning)
+        return self.rounded + self.waiting + max(self.hessian, self.entries + self.learning)
 
     @property
     def of_samples(self) -> int:
@@ -74,8 +79,12 @@ def estimated(
     data: LearningSet,
     learns: bool,
     batch: int = 8,
+    step_groups: int | None = None,
 ) -> Memory:
-    """The memory of reconstruction on ``data``; ``learns``: with AdaRound on ``batch`` samples, else GPTQ alone."""
+    """The memory of reconstruction on ``data``; ``learns``: with AdaRound on ``batch`` samples, else GPTQ alone.
+
+    ``step_groups``: of step sizes that are learnt, too, as `Recipe.row_group` says; None where none are.
+    """
     branches, samples = 2 if learns else 1, len(data)
     waiting = branches * samples * waiting_bytes(graph)
     inputs = [part[0].numel() for node in layers(graph) if node.kwargs.get("groups", 1) == 1
@@ -89,9 +98,11 @@ def estimated(
     scalars = [node for node in graph.nodes if node.op.startswith("sym_")]
     dtypes = {name: value.dtype for name, value in data.inputs.items()}
     most = min(batch, samples)
-    learning = [_learning_bytes(block, scalars, shapes, dtypes, constants, table, most) for block in found]
+    learning = [_learning_bytes(block, scalars, shapes, dtypes, constants, table, most, step_groups) for block in found]
+    weights = sum(part.numel() for node in layers(graph) for part in segments(node, constants))
     hessian = _PER_HESSIAN * max(inputs, default=0) ** 2
-    return Memory(waiting, max(entries, default=0), hessian, max(learning, default=0))
+    rounded = (_FLOAT + 1) * weights
+    return Memory(rounded, waiting, max(entries, default=0), hessian, max(learning, default=0), samples)
 
 
 def _numel(shape: Sequence[object]) -> int:
@@ -106,9 +117,13 @@ def _learning_bytes(
     constants: Mapping[str, Tensor],
     table: Table,
     batch: int,
+    step_groups: int | None,
 ) -> int:
     """What a block's weights and a batch's backward pass take: the latter from a call with one sample and with two."""
     network = BlockNetwork(block, scalars, constants, table)
+    if step_groups is not None:
+        network.steps = StepSizes(table, block.body, step_groups)
+        step_parameters(network.steps)
     parts = {node.kwargs["layer"]: segments(node, network.constants) for node in block.layers}
     own = {node.name for node in scalars}
     names = [name for name in (*block.entries, "sample") if name not in own]
@@ -134,6 +149,6 @@ def _saved_bytes(
     learnt = {layer: tuple(part.detach().requires_grad_() for part in own) for layer, own in parts.items()}
     held = [*network.constants.values(), *values.values(), *(part for own in learnt.values() for part in own)]
     with torch.enable_grad(), SavedBytes(held).counting() as saved:
-        output = network.evaluate(values, torch.zeros(samples, dtype=torch.int64), learnt)
+        output = network.evaluate(values, torch.zeros(samples, dtype=torch.int64), learnt, (DROP, torch.Generator()))
     del output
     return saved.peak

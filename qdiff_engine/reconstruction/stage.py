@@ -158,13 +158,16 @@ def reconstruct(
         key = {**calibration.key, "reconstruction": settings.to_dict(), "data": fingerprint(statistics)}
         checkpoint = Checkpoint.open(cache_dir, key)
     stage, blocks = _Stage(calibration, graph, constants, data, table, settings), find_blocks(graph)
+    selected = settings.pairs != "every"
+    lower = "the number of learn_pairs (--learn-pairs)" if selected else "learn_samples (--learn-samples)"
     mend = (
-        "lower learn_samples (--learn-samples) for the memory of the CPU, learn_batch (--learn-batch) for that of the "
-        "device that learns, or use one with more"
+        f"lower {lower} for the memory of the CPU, learn_batch (--learn-batch) for that of the device that learns, or "
+        "use one with more"
     )
     with memory_errors(f"round weights with {len(data)} samples", mend):
         if on_start is not None:
-            on_start(estimated(graph, constants, blocks, table, data, settings.learns, settings.batch))
+            learnt = (settings.learns, settings.batch, settings.step_groups)
+            on_start(estimated(graph, constants, blocks, table, data, *learnt))
         _run(stage, blocks, checkpoint, on_layer, on_progress)
     return Reconstruction(stage.rounded, stage.table)
 
@@ -326,9 +329,20 @@ class _Stage:
         return int(first[:-1] or 1) if isinstance(first, str) else 0
 
     def _gathered(self, branch: Branch, name: str) -> Any:
-        """A value of all samples in one; of one chunk, where it is the same for all."""
+        """A value of all samples in one; of one chunk, where it is the same for all.
+
+        Raises:
+            ValueError: it has no axis for samples, and is not the same for all: batches of it cannot be made.
+        """
         parts = branch.of(name)
-        return torch.cat(parts) if self._each(name) else parts[0]
+        if self._each(name):
+            return torch.cat(parts)
+        if any(not torch.equal(torch.as_tensor(part), torch.as_tensor(parts[0])) for part in parts[1:]):
+            raise ValueError(
+                f"weights 'adaround' cannot learn on samples of several timesteps: the value {name!r} differs between "
+                "them, but has no axis for the samples of a batch; use 'gptq'"
+            )
+        return parts[0]
 
 
 def recorded_inputs(calibration: Calibration, node: Node) -> list[SegmentInputs | None]:
