@@ -179,6 +179,15 @@ def test_zero_iterations_are_the_plain_path(tmp_path: Path) -> None:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
+def test_all_stages_without_iterations_are_the_plain_path(tmp_path: Path) -> None:
+    """Learnt rounding, learnt step sizes and alignment at once: the same graph and tensors, byte for byte."""
+    learnt = {"weights": "adaround", "learn_iterations": 0, "step_sizes": "learnt", "align_iterations": 0}
+    quantised(networks.calibration(NAME), weights="nearest").save_pretrained(tmp_path / "plain")
+    quantised(networks.calibration(NAME), align="accuquant:2", **learnt).save_pretrained(tmp_path / "learnt")
+    for file in set(FILES) - {"config.json"}:  # which has the recipe
+        assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "learnt" / file).read_bytes()
+
+
 def test_quantize_aligns_where_the_recipe_says_so() -> None:
     """As `align` does afterwards, on rows of the plan that was chosen."""
     calibration, asked = networks.calibration(NAME), {"align_iterations": 2, "align_batch": 2, "align_rounding": True}
