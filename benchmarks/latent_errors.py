@@ -71,6 +71,7 @@ def draw(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     """One panel per precision and eta."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     found = panels(rows)
     figure = Figure(figsize=(8 * len(found), 6), layout="constrained")
@@ -80,6 +81,7 @@ def draw(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
             line = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3], "label": name}
             axes.plot(range(1, len(errors) + 1), errors, **line)
         axes.set(title=panel, xlabel="denoising steps done", ylabel="|x - x_hat| / |x|", yscale="log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=7)
     out.parent.mkdir(parents=True, exist_ok=True)

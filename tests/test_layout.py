@@ -22,14 +22,14 @@ ENGINE, KERNELS = ROOT / "qdiff_engine", ROOT / "kernels" / "qdiff_kernels"
 
 # lowest first; a module belongs to the layer of its file or folder directly below the package
 LAYERS = (
-    {"version", "numerics", "tables", "weights", "recipe", "plan_requests", "pair_requests"},
+    {"version", "numerics", "tables", "weights", "recipe", "plan_requests", "pair_requests", "memory"},
     {"reference", "_C"},
     {"ops"},
     {"graph", "samplers", "sampling", "rounding"},
     {
         "runtime", "calibration", "equalisation", "quantization", "correction", "evaluation", "measuring", "baselines",
         "benchmarking", "models", "pictures", "bops", "digits", "quality", "plans", "reporting", "alignment",
-        "reconstruction", "memory",
+        "reconstruction",
     },
     {"cli"},
 )  # fmt: skip

@@ -299,7 +299,7 @@ def test_learnt_weights_and_alignment_keep_groups(weights: str) -> None:
         if weight.scale.dim() == 2:
             ratio = weight.scale / before.scale
             assert torch.allclose(ratio[:, :1], ratio, rtol=1e-5) and bool((ratio != 1).any())
-    assert dataclasses.replace(aligned.recipe, align="none") == recipe
+    assert aligned.recipe == dataclasses.replace(recipe, align="accuquant:2", align_iterations=2, align_batch=2)
 
 
 def test_the_command_line_takes_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
