@@ -12,7 +12,7 @@ from commands import TINY, Run, loaded, refused
 
 import qdiff_engine as qe
 from qdiff_engine.calibration import calibration
-from qdiff_engine.cli.artifacts import check_samplers
+from qdiff_engine.cli.correcting import check_samplers
 from qdiff_engine.cli.options import make_sampler, read_conditioning, read_plan, scheduler_of
 
 

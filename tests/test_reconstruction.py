@@ -359,32 +359,25 @@ def test_memory_is_told_before_it_is_taken(name: str) -> None:
     assert (more.waiting, more.entries, more.learning) == (2 * memory.waiting, 2 * memory.entries, memory.learning)
 
 
+def told_and_saved(**changes: Any) -> tuple[int, int]:
+    """Bytes that learning is told to take, and those that backward passes really keep, checked to be near."""
+    calibration, told = networks.calibration("unet2d"), list[Memory]()
+    settings = ReconstructionSettings("adaround", iterations=1, samples=8, **changes)
+    with SavedBytes().counting() as saved:
+        reconstruct(calibration, make_table(calibration, Recipe()), settings, on_start=told.append)
+    assert 0.3 * told[0].learning < saved.peak < 1.1 * told[0].learning
+    return told[0].learning, saved.peak
+
+
 def test_smaller_batches_keep_less_for_backward() -> None:
-    calibration = networks.calibration("unet2d")
-    table, kept = make_table(calibration, Recipe()), []
-    for batch in (2, 4, 8):
-        told: list[Memory] = []
-        settings = ReconstructionSettings("adaround", iterations=1, samples=8, batch=batch)
-        with SavedBytes().counting() as saved:
-            reconstruct(calibration, table, settings, on_start=told.append)
-        assert 0.3 * told[0].learning < saved.peak < 1.1 * told[0].learning
-        kept.append(told[0].learning)
+    kept = [told_and_saved(batch=batch)[0] for batch in (2, 4, 8)]
     assert kept[0] < kept[1] < kept[2]
 
 
 def test_learnt_step_sizes_keep_more_for_backward() -> None:
-    calibration = networks.calibration("unet2d")
-    table, kept, peaks = make_table(calibration, Recipe()), list[int](), list[int]()
-    for groups in (None, 1):
-        told: list[Memory] = []
-        settings = ReconstructionSettings("adaround", iterations=1, samples=8, step_groups=groups)
-        with SavedBytes().counting() as saved:
-            reconstruct(calibration, table, settings, on_start=told.append)
-        assert 0.3 * told[0].learning < saved.peak < 1.1 * told[0].learning
-        kept.append(told[0].learning)
-        peaks.append(saved.peak)
-    assert peaks[0] < peaks[1] and kept[0] < kept[1]
-    assert kept[1] - kept[0] == pytest.approx(peaks[1] - peaks[0], rel=0.5)
+    (told, saved), (more_told, more_saved) = (told_and_saved(step_groups=groups) for groups in (None, 1))
+    assert saved < more_saved and told < more_told
+    assert more_told - told == pytest.approx(more_saved - saved, rel=0.5)
 
 
 def test_products_are_mixed_inside_and_as_they_were_outside() -> None:

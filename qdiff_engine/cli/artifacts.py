@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from .correcting import check_samplers, corrected
 from .learning import (
     agreement,
     agreement_summary,
@@ -38,7 +39,6 @@ from .options import (
 from .output import Output, megabytes
 
 _SHOWN_LAYERS = 12
-CORRECTION_SEED = 10_000  # added to --seed: corrections see other trajectories than calibration and pictures
 
 
 @click.command(cls=Command)
@@ -198,7 +198,7 @@ def calibrate(
     learns = learning is not None or learning_iterations(recipe, calibration) > 0
     compared = agreement(output, quantized, calibration) if learns else None
     if correction != "none":
-        settings = {**guided, "samples": correct_samples, "seed": seed + CORRECTION_SEED, "batch": batch}
+        settings = {**guided, "samples": correct_samples, "seed": seed, "batch": batch}
         quantized = corrected(output, quantized, loaded.unet, scheduler, correction, partial, settings, calibration)
     quantized.save_pretrained(target)
     remove_folder(partial)
@@ -216,72 +216,12 @@ def calibrate(
     output.result(data, lambda console: console.print(_calibrated(data), soft_wrap=True))
 
 
-def check_samplers(recipe: Any, correction: str, scheduler: Any, steps: int) -> None:
-    """Refuse a sampler that the plan or the correction is not for, before anything is learnt."""
-    from ..correction import estimation
-    from ..plans import choice
-    from ..samplers import prepared
-
-    ready = prepared(scheduler, steps)
-    choice.check_sampler(recipe.plan_request(), ready, [float(t) for t in ready.timesteps])
-    estimation.check_sampler(correction, scheduler, steps)
-
-
 def plan_trials(recipe: Any, rows: int) -> int:
     """How many trials choosing the recipe's plan takes."""
     from ..plans.choice import trials
 
     request = recipe.plan_request()
     return trials(request, rows) if request is not None and request.measured else 0
-
-
-def corrected(
-    output: Output,
-    model: Any,
-    unet: Any,
-    scheduler: Any,
-    method: str,
-    partial: Path,
-    settings: dict[str, Any],
-    calibration: Any,
-) -> Any:
-    """The model corrected by ``method``; the noise of `candidate_modes` is measured in every row."""
-    from ..correction.estimation import correct
-    from ..correction.measurement import measure_noise
-    from ..recipe import check_correct
-
-    with output.progress("measuring the noise", int(model.key["steps"])) as advance:
-        noise = measure_noise(
-            model,
-            unet,
-            scheduler,
-            calibration=calibration,
-            modes=candidate_modes(model),
-            cache_dir=partial / "noise",
-            on_step=lambda _: advance(),
-            **settings,
-        )
-    steps = int(model.key["steps"]) if check_correct(method).rolled_out else 1
-    with output.progress("correcting", steps) as advance:
-        return correct(
-            model,
-            unet,
-            scheduler,
-            noise,
-            method,
-            cache_dir=partial / "rollout",
-            on_step=lambda _: advance(),
-            **settings,
-        )
-
-
-def candidate_modes(model: Any) -> tuple[str, ...]:
-    """The modes that the model's plan has, or was chosen from."""
-    from ..plans.choice import needed_modes
-
-    request = model.recipe.plan_request()
-    chosen_from = needed_modes(request) if request is not None and request.measured else ()
-    return tuple(dict.fromkeys([*model.table.modes, *chosen_from]))
 
 
 def _calibrated(data: dict[str, Any]) -> str:
