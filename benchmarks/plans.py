@@ -2,27 +2,29 @@
 
 python -m benchmarks.plans    all rows, written to benchmarks/results/quality-plans-mnist32.json (DDIM 20, 256 images)
 
-"row:R" runs one row alone at A4, on images of their own: what each step's precision is worth, for the same image (PSNR)
-and for images as good (Fréchet distance). "frechet:SHARE:K" has that share of rows at A4: of all such plans the one
-with the K-th least Fréchet distance, as far as the effects of single rows on an image's features add up. The plans
-drawn at random ("random:SHARE:DRAW") tell how good that prediction is.
+"row:R:MODE" runs one row alone at A4 or A16, on images of their own: what each step's precision is worth, for the same
+image (PSNR) and for images as good (Fréchet distance). "frechet:SHARE:K" has that share of rows at A4: of all such
+plans the one with the K-th least Fréchet distance, as far as the effects of single rows on an image's features add up.
+"exchange:FRACTION:K" has K rows at A16 and as many at A4 as bring the plan to that fraction of the bit operations at
+A8: of such plans the least that exchanges of two rows' modes find. The plans drawn at random ("random:SHARE:DRAW") tell
+how good that prediction is.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 import random
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import qdiff_engine as qe
@@ -51,60 +53,99 @@ ASKED = (  # (recipe, plan)
     ("w4a8", "snr:share=0.2"),
     *(("w4a8", f"random:0.2:{draw}") for draw in range(8)),
     *(("w4a8", f"frechet:0.2:{k}") for k in range(1, 9)),
+    *(("w4a8", f"exchange:0.9:{k}") for k in range(4)),
+    ("w4a8", "budget:0.9"),
     ("w8a8", "uniform"),
     ("w8a8", "budget:1.2:A8,A16"),
 )
-
-
 SEED, ROW_SEED = 1, 2  # of the images
+SINGLE = ("A4", "A16")  # what a row runs at alone, the others at A8
+STARTS = 20  # of a search by exchanges
 
 
 @dataclass(frozen=True, eq=False)
 class RowEffects:
-    """What the features of the same images are in float, with every row at A8, and with one row at A4 (one for each).
+    """What the features of the same images are in float, with every row at A8, and with one row in another mode.
 
-    Features [n, F], float64.
+    Features [n, F], float64; ``single``: one mapping from modes to features for each row.
     """
 
     in_float: Tensor
     uniform: Tensor
-    single: Sequence[Tensor]
+    single: Sequence[Mapping[str, Tensor]]
 
-    def distance(self, chosen: Iterable[int]) -> float:
-        """Fréchet distance to float of each image's f = f(uniform) + sum over chosen rows of (f(row) - f(uniform))."""
-        features = self.uniform + sum((self.single[r] - self.uniform for r in chosen), torch.zeros(()))
+    def distance(self, modes: Sequence[str]) -> float:
+        """Fréchet distance to float of f = f(uniform) + sum over rows not at A8 of (f(row) - f(uniform)), by image."""
+        features = self.uniform.clone()
+        for alone, mode in zip(self.single, modes, strict=True):
+            if mode != "A8":
+                features += alone[mode] - self.uniform
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # few samples: the rows of the result say so
             return frechet_distance(features, self.in_float)
 
 
+def at_a4(chosen: Collection[int], rows: int) -> tuple[str, ...]:
+    """The modes of a plan that has the ``chosen`` rows at A4 and the others at A8."""
+    return tuple("A4" if r in chosen else "A8" for r in range(rows))
+
+
 @functools.cache
-def ranking(effects: RowEffects, count: int) -> list[tuple[float, tuple[int, ...]]]:
-    """(distance, rows) of every choice of ``count`` rows, the least distance first."""
-    choices = itertools.combinations(range(len(effects.single)), count)
-    return sorted((effects.distance(chosen), chosen) for chosen in choices)
+def ranking(effects: RowEffects, count: int) -> list[tuple[float, tuple[str, ...]]]:
+    """(distance, modes) of every plan with ``count`` rows at A4 and the others at A8, the least distance first."""
+    rows = len(effects.single)
+    choices = (at_a4(chosen, rows) for chosen in itertools.combinations(range(rows), count))
+    return sorted((effects.distance(modes), modes) for modes in choices)
+
+
+def by_exchange(effects: RowEffects, fraction: float, floating: int, starts: int = STARTS) -> tuple[str, ...]:
+    """Of the plans with ``floating`` rows at A16 and that fraction of A8's bit operations, one of little distance.
+
+    From random plans, the best exchange of two rows' modes as long as one lessens the distance. With ``floating`` 0 the
+    result can be compared with `ranking`, which leaves out nothing.
+
+    Raises:
+        ValueError: there are not enough rows for as many at A4 as that takes.
+    """
+    rows = len(effects.single)
+    low = round(2 * rows * (1 - fraction)) + 2 * floating  # A16 costs twice A8, A4 half of it
+    if not 0 <= low <= rows - floating:
+        raise ValueError(f"{floating} of {rows} rows at A16 leave no plan with {fraction} of the bit operations at A8")
+    pool = ["A4"] * low + ["A16"] * floating + ["A8"] * (rows - low - floating)
+    found = []
+    for start in range(starts):
+        modes = tuple(random.Random(start).sample(pool, rows))
+        reached, before = effects.distance(modes), math.inf
+        while reached < before:
+            before = reached
+            pairs = [(i, j) for i, j in itertools.combinations(range(rows), 2) if modes[i] != modes[j]]
+            reached, modes = min([(reached, modes), *((effects.distance(m), m) for m in swapped(modes, pairs))])
+        found.append((reached, modes))
+    return min(found)[1]
+
+
+def swapped(modes: tuple[str, ...], pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[str, ...]]:
+    """The plan with each pair of rows exchanged, in turn."""
+    for i, j in pairs:
+        changed = list(modes)
+        changed[i], changed[j] = changed[j], changed[i]
+        yield tuple(changed)
 
 
 def plan_of(name: str, rows: int, effects: RowEffects | None = None) -> str | tuple[str, ...]:
-    """A recipe's plan; "random:SHARE:DRAW", "frechet:SHARE:K" (by ``effects``) and "row:R" name the rows at A4."""
+    """A recipe's plan, or the modes that a name of this benchmark stands for (by ``effects``, where it says so)."""
     kind, *values = name.split(":")
     if kind == "row":
-        chosen: Iterable[int] = {int(values[0])}
-    elif kind == "random":
-        chosen = random.Random(int(values[1])).sample(range(rows), round(float(values[0]) * rows))
-    elif kind == "frechet":
+        return tuple(values[1] if r == int(values[0]) else "A8" for r in range(rows))
+    if kind == "random":
+        return at_a4(random.Random(int(values[1])).sample(range(rows), round(float(values[0]) * rows)), rows)
+    if kind == "frechet":
         assert effects is not None
-        _, chosen = ranking(effects, round(float(values[0]) * rows))[int(values[1]) - 1]
-    else:
-        return name
-    return tuple("A4" if r in set(chosen) else "A8" for r in range(rows))
-
-
-def predicted(modes: Sequence[str], effects: RowEffects | None) -> float | None:
-    """The Fréchet distance that single rows' effects promise a plan of A4 and A8; None where they say nothing of it."""
-    if effects is None or not set(modes) <= {"A4", "A8"}:
-        return None
-    return effects.distance(r for r, mode in enumerate(modes) if mode == "A4")
+        return ranking(effects, round(float(values[0]) * rows))[int(values[1]) - 1][1]
+    if kind == "exchange":
+        assert effects is not None
+        return by_exchange(effects, float(values[0]), int(values[1]))
+    return name
 
 
 class Plans:
@@ -140,7 +181,7 @@ class Plans:
                 "seed": seed,
                 "modes": " ".join(mode[1:] for mode in model.table.modes),
                 "switchable_fraction": switchable_fraction(model.table.modes),
-                "frechet_predicted": predicted(model.table.modes, effects) if key[0] == "w4a8" else None,
+                "frechet_predicted": effects.distance(model.table.modes) if effects and key[0] == "w4a8" else None,
                 "frechet_note": results[" ".join(key)].perception.frechet_note,
                 "class_accuracy": results[" ".join(key)].perception.class_accuracy,
             }
@@ -157,14 +198,15 @@ def row_effects(results: Mapping[str, Comparison], rows: int) -> RowEffects:
         return extract(classifier, results[f"w4a8 {name}"].images)[0]
 
     in_float = extract(classifier, results["w4a8 uniform"].float_images)[0]
-    return RowEffects(in_float, features("uniform"), [features(f"row:{r}") for r in range(rows)])
+    single = [{mode: features(f"row:{r}:{mode}") for mode in SINGLE} for r in range(rows)]
+    return RowEffects(in_float, features("uniform"), single)
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
     """Single rows first, then the plans, some of which follow from them."""
     with tempfile.TemporaryDirectory() as folder:
         plans = Plans(quick, Path(folder))
-        singles = [("w4a8", "uniform"), *(("w4a8", f"row:{r}") for r in range(plans.steps))]
+        singles = [("w4a8", "uniform"), *(("w4a8", f"row:{r}:{mode}") for mode in SINGLE for r in range(plans.steps))]
         single_rows, results = plans.rows(singles, ROW_SEED)
         if quick:  # too few images for a Fréchet distance
             return plans.rows(ASKED[:4], SEED)[0] + single_rows
