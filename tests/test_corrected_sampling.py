@@ -63,11 +63,8 @@ class Counting(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("kind", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0)])
-@pytest.mark.parametrize("backend", ["onednn", "native", "torch"])
-def test_corrections_cost_no_operator(kind: str, eta: float, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's operators of every step, and torch's on whole images, are the same calls on and off."""
-    available(backend)
+def operator_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the engine's operators, added as they are called by models that are made from here on."""
     calls: list[str] = []
     resolve = ops.resolve
 
@@ -81,6 +78,15 @@ def test_corrections_cost_no_operator(kind: str, eta: float, backend: str, monke
         return run
 
     monkeypatch.setattr(ops, "resolve", counting)
+    return calls
+
+
+@pytest.mark.parametrize(("kind", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0)])
+@pytest.mark.parametrize("backend", ["onednn", "native", "torch"])
+def test_corrections_cost_no_operator(kind: str, eta: float, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's operators of every step, and torch's on whole images, are the same calls on and off."""
+    available(backend)
+    calls = operator_calls(monkeypatch)
     source = corrected(kind, eta)
     model = networks.rebuilt(source, backend)
     model.correction = source.correction
@@ -101,19 +107,46 @@ def test_corrections_cost_no_operator(kind: str, eta: float, backend: str, monke
 
 
 @pytest.mark.parametrize(("kind", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0)])
-@pytest.mark.parametrize("backend", ["native", "torch", "onednn", "triton"])
+@pytest.mark.parametrize("backend", ["native", "torch", "onednn"])
 def test_folded_corrections_equal_the_formula(kind: str, eta: float, backend: str) -> None:
-    """The corrected prediction is a e + b in float64, row by row, on every backend."""
+    available(backend)
     source = corrected(kind, eta, "mmse")
     model = networks.rebuilt(source, backend)
-    x = normal(2, *SHAPE, seed=5)
-    for row, timestep in enumerate(model.table.timesteps if backend != "triton" else model.table.timesteps[:1]):
-        with model.correcting(False):
-            plain = model(x, timestep).sample.double()
-        a, b = (t[row].double()[:, None, None] for t in (model.table.output_scale, model.table.output_shift))
-        expected, actual = a * plain + b, model(x, timestep).sample
-        assert not torch.equal(actual.double(), plain)
-        assert float((actual - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+    for timestep in model.table.timesteps:
+        assert_folded(model, timestep)
+
+
+def assert_folded(model: Any, timestep: float) -> None:
+    """The corrected prediction is a e + b in float64."""
+    x, row = normal(2, *SHAPE, seed=5), model.table.timesteps.index(timestep)
+    with model.correcting(False):
+        plain = model(x, timestep).sample.double()
+    a, b = (t[row].double()[:, None, None] for t in (model.table.output_scale, model.table.output_shift))
+    expected, actual = a * plain + b, model(x, timestep).sample
+    assert not torch.equal(actual.double(), plain)
+    assert float((actual - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+def test_triton_launches_no_kernel_more(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call without corrections, then one with them: the same operators and kernels; a sampler's step likewise."""
+    from qdiff_kernels.denoise_step import _denoise_step_kernel
+
+    calls, launches, kind = operator_calls(monkeypatch), [], type(_denoise_step_kernel)
+    launch = kind.run
+    monkeypatch.setattr(kind, "run", lambda self, *a, **k: launches.append(self.__name__) or launch(self, *a, **k))
+    model = networks.rebuilt(corrected(method="mmse"), "triton")
+    calls.clear()
+    assert_folded(model, model.table.timesteps[0])
+    for made in (calls, launches):
+        assert made[: len(made) // 2] == made[len(made) // 2 :]
+    assert len(launches) > calls.count("int_conv2d") > 20
+
+    launches.clear()
+    x, prediction, bias = normal(2, *SHAPE), normal(2, *SHAPE, seed=1), normal(*SHAPE, seed=2)
+    constants = torch.tensor([0.9, 0.4, -0.3, 0.0, 0.6, 0.8, 1.0, 1.0])
+    given = (x, prediction, None, None, constants)
+    steps = [ops.denoise_step(*given, input_bias=b, backend="triton") for b in (None, bias)]
+    assert launches == ["_denoise_step_kernel"] * 2 and not torch.equal(*steps)
 
 
 def test_a_mixed_plan_corrects_each_row_by_its_mode() -> None:
