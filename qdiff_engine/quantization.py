@@ -77,8 +77,8 @@ def quantize(
     device, cache = usable_device(device), None if cache_dir is None else Path(cache_dir)
     if recipe.align != "none":
         check_alignment(settings_of(recipe), calibration)
-    request = recipe.plan_request()
-    trial_sampler = _trial_sampler(calibration) if request is not None and request.measured else None
+    request = recipe.plan_to_measure()
+    trial_sampler = None if request is None else _trial_sampler(calibration)
     if trial_sampler is not None:
         check_sampler(request, trial_sampler.scheduler, calibration.timesteps)
     calibration = equalised(calibration, recipe, cache_dir=None if cache is None else cache / "equalise")
@@ -148,11 +148,11 @@ def equalised(
         if factor_keys(calibration.capture.graph):
             raise ValueError("calibration is equalised, and recipe has equalise='off'; give one that has 'on'")
         return calibration
-    request, rows = recipe.plan_request(), len(calibration.timesteps)
-    if request is not None and request.measured:
-        modes = (min(needed_modes(request), key=MODE_BITS.__getitem__),) * rows
-    else:
+    request, rows = recipe.plan_to_measure(), len(calibration.timesteps)
+    if request is None:
         modes = plan_of(recipe, rows)
+    else:
+        modes = (min(needed_modes(request), key=MODE_BITS.__getitem__),) * rows
     bits = site_bits(calibration.capture.graph, calibration.sites, modes, recipe.edges)
     return equalise(calibration, recipe, bits, on_step, cache_dir)
 

@@ -139,6 +139,11 @@ class Recipe:
             raise ValueError(f"plan must be a name or a sequence of modes, got {self.plan!r}")
         return parse_plan(self.plan)
 
+    def plan_to_measure(self) -> PlanRequest | None:
+        """How the plan is to be found, where that depends on how the quantised network behaves; None elsewhere."""
+        request = self.plan_request()
+        return request if request is not None and request.measured else None
+
     def row_group(self) -> int:
         """How many neighbouring rows share one range; 0 means all of them."""
         if self.rows == "step":

@@ -220,8 +220,8 @@ def plan_trials(recipe: Any, rows: int) -> int:
     """How many trials choosing the recipe's plan takes."""
     from ..plans.choice import trials
 
-    request = recipe.plan_request()
-    return trials(request, rows) if request is not None and request.measured else 0
+    request = recipe.plan_to_measure()
+    return 0 if request is None else trials(request, rows)
 
 
 def _calibrated(data: dict[str, Any]) -> str:

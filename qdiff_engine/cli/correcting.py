@@ -67,6 +67,6 @@ def candidate_modes(model: Any) -> tuple[str, ...]:
     """The modes that the model's plan has, or was chosen from."""
     from ..plans.choice import needed_modes
 
-    request = model.recipe.plan_request()
-    chosen_from = needed_modes(request) if request is not None and request.measured else ()
+    request = model.recipe.plan_to_measure()
+    chosen_from = () if request is None else needed_modes(request)
     return tuple(dict.fromkeys([*model.table.modes, *chosen_from]))
