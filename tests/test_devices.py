@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -62,6 +63,26 @@ def test_the_gpu_that_is_named_is_the_one_judged(gpu: Callable[..., None]) -> No
     gpu((9, 0), (7, 5))
     assert ops.refusal(torch.device("cuda")) is ops.refusal(torch.device("cuda", 0)) is None
     assert "7.5" in str(ops.refusal(torch.device("cuda", 1)))
+
+
+def test_operators_run_on_their_own_gpu(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current GPU: the one of the tensors is made current, where there are several."""
+    entered: list[int] = []
+
+    @contextlib.contextmanager
+    def current(index: int) -> Iterator[None]:
+        entered.append(index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    gpu((9, 0))
+    alone = ops.resolve("quantize", "cuda:0", "torch")
+    gpu((9, 0), (9, 0))
+    x = torch.randn(1, 3, 4, 4)
+    for device, index in (("cuda:1", 1), ("cuda", 0), ("cpu", None)):
+        entered.clear()
+        q = ops.resolve("quantize", device, "torch")(x, 0.1, 0, 8)
+        assert torch.equal(q, alone(x, 0.1, 0, 8)) and entered == ([] if index is None else [index])
     assert ops.refusal(torch.device("cuda", 2)) == "there is no GPU number 2: torch sees 2"
 
 

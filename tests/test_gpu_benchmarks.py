@@ -179,6 +179,7 @@ def test_kernel_cases_are_right(precision: str, monkeypatch: pytest.MonkeyPatch)
         gpu_kernels.gemm_case(shapes.Gemm("t", 1, 34, 40, 72), precision, CPU),
         gpu_kernels.gemm_case(shapes.Gemm("t", 1, 17, 32, 64, geglu=True), precision, CPU),
         gpu_kernels.conv_case(shapes.Conv("t", 1, 1, 16, 8, 5), precision, CPU),
+        gpu_kernels.conv_case(shapes.Conv("t", 1, 1, 64, 8, 3), precision, CPU),
     ):
         rows = gpu_kernels.measure(case, LIMITS, 1, CPU)
         assert {r["baseline"] for r in rows} >= {"cublas-fp16"} or {r["baseline"] for r in rows} >= {"cudnn-fp16"}

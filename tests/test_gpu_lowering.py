@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -287,8 +287,8 @@ def test_tuning_measures_packed_layers_as_they_run() -> None:
     compiler = Compiler(lower_for_gpu(unet.graph), unet.weights, unet.constants, table, CPU, "triton", torch.float32)
     results: dict[str, list[Tensor]] = {"integer": [], "float": []}
 
-    def clock(kind: str, work: Callable[[], Any]) -> float:
-        results[kind].append(work())
+    def clock(kind: str, works: Sequence[Callable[[], Any]]) -> float:
+        results[kind].append(works[0]())
         return 1.0
 
     timings = measure(compiler, device_rows(table, CPU), table, 2, clock)

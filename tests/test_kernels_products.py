@@ -160,13 +160,18 @@ def test_int_gemm_of_packed_activations_at_the_extremes() -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("m, n, k", [(17, 33, 48), (33, 130, 400)])
 def test_int_gemm_reads_through_descriptors(m: int, n: int, k: int, bits: int, x_bits: int) -> None:
-    """The same bits as through pointers, past the ends of both operands, in parts, with two accumulators."""
+    """The same bits as through pointers, past the ends of both operands, in parts, with two accumulators.
+
+    Scales are powers of two and the residual is whole: nothing is rounded, whether a multiplication and an addition are
+    compiled to one instruction, as in some tiles, or to two.
+    """
     if DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("tensor descriptors need compute capability 9.0")
     q = integers(m, k, low=-8, high=7)
     x = (pack_rows(q) if x_bits == 4 else q).to(DEVICE)
-    packed, activation = on_device(pack(*weights(2 * n, k, bits), bits)), quantization(0.25, -5)
-    for options in ({}, {"geglu": True}, {"residual": torch.randn(m, 2 * n).to(DEVICE)}):
+    scale = torch.exp2(torch.randint(-4, 4, (2 * n,)).float())
+    packed, activation = on_device(pack(weights(2 * n, k, bits)[0], scale, bits)), quantization(0.25, -5)
+    for options in ({}, {"geglu": True}, {"residual": integers(m, 2 * n).float().to(DEVICE)}):
         for splits in (1,) if "geglu" in options else (1, 3):
             results = [
                 int_gemm(x, packed, activation, out_dtype=torch.float32, launch=Launch(tile, splits, read), **options)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from comparing import available
+from comparing import present
 from torch import Tensor
 
 from qdiff_engine import ops, reference
@@ -24,9 +24,7 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 
 @pytest.fixture(params=["triton", None], ids=["triton", "fastest"])
 def backend(request: pytest.FixtureRequest) -> str | None:
-    if request.param is not None:
-        available(request.param)
-    return request.param
+    return None if request.param is None else present(request.param)
 
 
 def integers(*shape: int, low: int = -128) -> Tensor:

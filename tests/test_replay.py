@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import networks
@@ -100,6 +101,40 @@ def test_only_so_many_batch_sizes_are_kept(model: qe.IntegerUNet) -> None:
         x = torch.randn(batch, *model.graph.inputs["sample"][1:])
         copy(x, model.table.timesteps[0], **networks.conditioning("plain", batch))
     assert len(copy.program._batches) == 4 and recorder.recorded == 6, "the first one was dropped and made again"
+
+
+def test_a_deep_copy_records_on_its_own(model: qe.IntegerUNet) -> None:
+    """What the original recorded reads the original's addresses."""
+    original = replayed(model)
+    timestep, conditioning = model.table.timesteps[0], networks.conditioning("plain", 1)
+    first, second = (torch.randn(1, *model.graph.inputs["sample"][1:]) for _ in range(2))
+    original(first, timestep, **conditioning)
+    other = deepcopy(original)
+    expected = model(second, timestep, **conditioning).sample
+    assert torch.equal(other(second, timestep, **conditioning).sample, expected)
+    again = original(first, timestep, **conditioning).sample
+    assert torch.equal(again, model(first, timestep, **conditioning).sample)
+
+
+class Timed(nn.Module):
+    """The latents' layers multiply what a timestep gave, of the timestep's own kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.leave(F.silu(self.enter(x)) * (t + 1).reshape(-1, 1, 1, 1))
+
+
+def test_fractional_timesteps_behind_whole_ones(interpreter: None) -> None:
+    torch.manual_seed(0)
+    net = Timed()
+    calibration = qe.calibrate(net, networks.ddim(), shape=(3, 8, 8), steps=2, samples=2)
+    plain = networks.rebuilt(qe.quantize(net, calibration, qe.Recipe()), "triton")
+    copy, x = replayed(plain), networks.normal(1, 3, 8, 8)
+    for timestep in (2, 1.5, 0.25, 3):
+        assert torch.equal(copy(x, timestep).sample, plain(x, timestep).sample), timestep
 
 
 def test_a_result_survives_the_next_call(model: qe.IntegerUNet) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ class Clock:
         self.answers = {"integer": integer, "float": floating}
         self.results: list[tuple[str, Any]] = []
 
-    def __call__(self, kind: str, work: Callable[[], Any]) -> float:
-        result = work()
+    def __call__(self, kind: str, works: Sequence[Callable[[], Any]]) -> float:
+        (result,) = (work() for work in works)  # a CPU needs no copies of the weights
         self.results.append((kind, result))
         return self.answers[kind](result)
 
@@ -143,7 +143,7 @@ def test_inspect_shows_both_times(tmp_path: Path) -> None:
 
 def test_the_host_clock_reads_milliseconds() -> None:
     calls: list[int] = []
-    assert 0 <= host_clock("integer", lambda: calls.append(1)) < 1000 and len(calls) > 1
+    assert 0 <= host_clock("integer", [lambda: calls.append(1)]) < 1000 and len(calls) > 1
 
 
 @pytest.mark.parametrize("value, error", [(0, ValueError), (1.5, TypeError)])

@@ -112,7 +112,22 @@ def resolve(operator: str, device: torch.device | str = "cpu", backend: str | No
     Raises:
         BackendError: the backend is missing here, with the reason.
     """
-    return find(operator, torch.device(device).type, backend)[1]
+    target = torch.device(device)
+    function = find(operator, target.type, backend)[1]
+    if target.type != "cuda" or torch.cuda.device_count() < 2:
+        return function
+    return _launched_on(torch.cuda.current_device() if target.index is None else target.index, function)
+
+
+@functools.cache
+def _launched_on(gpu: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` while that GPU is the current one: kernels are launched there, wherever their tensors are."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device(gpu):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def chosen(operator: str, device: torch.device | str = "cpu", backend: str | None = None) -> str:

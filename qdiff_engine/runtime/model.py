@@ -109,7 +109,8 @@ class IntegerUNet(nn.Module):
             lowered = lower_for_cpu(graph) if on_cpu else lower_for_gpu(graph)
             compiler = Compiler(lowered, weights, constants, table, self._device, backend, self._dtype)
             rows = list(make_rows(table, compiler.output_bias)) if on_cpu else device_rows(table, self._device)
-            self.timings = measure(compiler, rows, table, tune_batch, clock or (host_clock if on_cpu else cuda_clock))
+            clock = clock or (host_clock if on_cpu else cuda_clock(self._device))
+            self.timings = measure(compiler, rows, table, tune_batch, clock)
             table = retabled(table, floating_sites(graph, self.timings))
         floating = {name for name, timing in self.timings.items() if timing.floating}
         parts = (graph, weights, constants, table, self._device, backend)
@@ -117,7 +118,7 @@ class IntegerUNet(nn.Module):
         if on_cpu:
             self.program = Program(*parts, floating=floating)
         else:
-            record = CudaGraphs() if graphs else run_again
+            record = CudaGraphs(self._device) if graphs else run_again
             self.program = ReplayedProgram(*parts, record=record, dtype=self._dtype, floating=floating)
         # the schedule's, and what samplers of continuous noise levels visited beyond it
         self._first_timestep = min(0.0, table.timesteps[-1])

@@ -7,6 +7,7 @@ other way to repeat a function will do, and ``record=run_again`` simply calls it
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -37,18 +38,22 @@ def run_again(function: Callable[[], Tensor]) -> Recorded:
 class CudaGraphs:
     """Records functions as CUDA graphs that share one memory pool; their results are read before the next replay."""
 
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CudaGraphs:
+        """With a pool of its own: what records into one takes turns."""
+        return CudaGraphs(self.device)
 
     def __call__(self, function: Callable[[], Tensor]) -> Recorded:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):  # kernels compile, libraries allocate their workspaces
             for _ in range(_WARM_UP):
                 function()
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, stream=stream):
             output = function()
 
         def replay() -> Tensor:
@@ -60,7 +65,7 @@ class CudaGraphs:
 
 @dataclass
 class _Batch:
-    """Fixed addresses of one batch size, and what was recorded on them by mode."""
+    """Fixed addresses of one batch size and kind of timestep, and what was recorded on them by mode."""
 
     values: dict[int, Tensor]  # slot -> where recordings read it
     constants: list[tuple[int, Any]]  # sizes, which a batch size determines
@@ -72,7 +77,7 @@ class ReplayedProgram(Program):
     """A `Program` whose main section is recorded once per batch size and mode, and replayed for every row of the mode.
 
     Args:
-        record: how to repeat a function: `CudaGraphs()`, or `run_again`.
+        record: how to repeat a function: `CudaGraphs(device)`, or `run_again`.
     """
 
     def __init__(
@@ -99,15 +104,28 @@ class ReplayedProgram(Program):
         self.corrections = torch.stack([a, folded(a, b, bias)], 1).to(self.device)
         ones, zeros = torch.ones_like(a[0]), torch.zeros_like(b[0])
         self._identity = torch.stack([ones, folded(ones, zeros, bias)]).to(self.device)
+        self.modes = [tuple(bits) for bits in table.bits.tolist()]
+        self._table_corrects = table.corrects()
+        self._start()
+
+    def _start(self) -> None:
+        """Fixed addresses for the terms of a row, and nothing recorded on them yet."""
         self.current = self.quantizations[0].clone()
         self.corrected = self.corrections[0].clone()
-        terms = tuple(self.corrected) if table.corrects() else (None, None)
-        self.modes = [tuple(bits) for bits in table.bits.tolist()]
+        terms = tuple(self.corrected) if self._table_corrects else (None, None)
         self._mode_rows = {
             mode: Row(tuple((self.current[i, :3], 0, bits) for i, bits in enumerate(mode)), *terms)
             for mode in set(self.modes)
         }
-        self._batches: OrderedDict[int, _Batch] = OrderedDict()
+        self._batches: OrderedDict[tuple[int, torch.dtype], _Batch] = OrderedDict()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReplayedProgram:
+        """Over the same packed weights, which never change, with addresses and recordings of its own."""
+        other = copy.copy(self)
+        other.record = copy.deepcopy(self.record, memo)
+        other._start()
+        other._forget()
+        return other
 
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, Tensor], timestep: float, row: int, corrected: bool = True) -> Tensor:
@@ -115,7 +133,7 @@ class ReplayedProgram(Program):
         values, _ = self.before_main(inputs, timestep, row)
         self.current.copy_(self.quantizations[row])
         self.corrected.copy_(self.corrections[row] if self.corrects and corrected else self._identity)
-        batch = self._batch(len(inputs["sample"]), values)
+        batch = self._batch((len(inputs["sample"]), inputs["timestep"].dtype), values)
         self._renew(batch, values)
         mode = self.modes[row]
         if mode not in batch.recorded:
@@ -139,9 +157,9 @@ class ReplayedProgram(Program):
             values[slot] = value
         return self.main(values, row)
 
-    def _batch(self, size: int, values: Values) -> _Batch:
-        """The fixed addresses of a batch size, made at its first call."""
-        found = self._batches.get(size)
+    def _batch(self, key: tuple[int, torch.dtype], values: Values) -> _Batch:
+        """The fixed addresses of a batch size, made at its first call; timesteps are whole numbers or fractions."""
+        found = self._batches.get(key)
         if found is None:
             read = {self.slots[name] for name in self.inputs} | self._remembered
             present = [(slot, values[slot]) for slot in sorted(read) if values[slot] is not None]
@@ -151,10 +169,10 @@ class ReplayedProgram(Program):
                 {},
                 {},
             )
-            self._batches[size] = found
+            self._batches[key] = found
             if len(self._batches) > _BATCH_SIZES:
                 self._batches.popitem(last=False)
-        self._batches.move_to_end(size)
+        self._batches.move_to_end(key)
         return found
 
 

@@ -7,10 +7,11 @@ kernel adds, on random values, at the precision that most rows of the table give
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,8 +24,11 @@ from ..tables import Table
 from .compiler import Compiler, Row, Values
 from .float_layers import layer_names
 
-Clock = Callable[[str, Callable[[], Any]], float]  # ("integer" or "float", work) -> milliseconds
+Work = Callable[[], Any]
+Clock = Callable[[str, Sequence[Work]], float]  # ("integer" or "float", the same work on several weights) -> ms a call
 _ROUNDS, _CALLS = 9, 8
+_MOST_COPIES = 64
+_HEAD_START = 400_000  # clock cycles, some 200 us
 PRODUCTS = ("int_gemm", "int_conv2d")
 
 
@@ -38,8 +42,9 @@ class Timing:
     measured_with: tuple[str, ...] = ()  # layers of the same input, measured as one product with this one
 
 
-def host_clock(kind: str, work: Callable[[], Any]) -> float:
+def host_clock(kind: str, works: Sequence[Work]) -> float:
     """Median milliseconds of one call on the CPU."""
+    work = works[0]
     work()
     times = []
     for _ in range(_ROUNDS):
@@ -49,25 +54,34 @@ def host_clock(kind: str, work: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def cuda_clock(kind: str, work: Callable[[], Any]) -> float:
+def cuda_clock(device: torch.device) -> Clock:
     """Median milliseconds of one call inside a CUDA graph, where launching costs what it costs in a recorded step."""
     from .replay import CudaGraphs
 
-    def several() -> Any:
-        for _ in range(_CALLS):
-            result = work()
-        return result
+    record = CudaGraphs(device)
 
-    replay = CudaGraphs()(several)
-    times = []
-    for _ in range(_ROUNDS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / _CALLS)
-    return statistics.median(times)
+    def clock(kind: str, works: Sequence[Work]) -> float:
+        passes = -(-_CALLS // len(works))
+
+        def several() -> Any:
+            for work in [*works] * passes:
+                result = work()
+            return result
+
+        with torch.cuda.device(device):
+            replay = record(several)
+            times = []
+            for _ in range(_ROUNDS):
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(_HEAD_START)  # the device still waits when the replay is launched: no gap is timed
+                start.record()
+                replay()
+                stop.record()
+                stop.synchronize()
+                times.append(start.elapsed_time(stop) / (len(works) * passes))
+        return statistics.median(times)
+
+    return clock
 
 
 @torch.inference_mode()
@@ -79,7 +93,7 @@ def measure(compiler: Compiler, rows: list[Row], table: Table, batch: int, clock
         rows: what the program hands its layers in every row of the table.
         table: for the sites' bits.
         batch: samples per call, at least 1.
-        clock: measures a piece of work; `host_clock` or `cuda_clock`.
+        clock: measures the same work on several copies of a layer's weights; `host_clock` or that of `cuda_clock`.
     """
     measured: dict[Any, tuple[float, float]] = {}
     times: dict[str, tuple[float, float]] = {}
@@ -172,7 +186,10 @@ def _measured(compiler: Compiler, index: int, node: Node, row: Row, batch: int, 
     """(milliseconds on integers, in floating point) of one layer."""
     times = []
     for kind in ("integer", "float"):
-        layer = compiler.instruction(index, node) if kind == "integer" else compiler.float_product(node)
+        layers = [
+            compiler.instruction(index, node) if kind == "integer" else compiler.float_product(node)
+            for _ in range(_copies(compiler, node, kind))
+        ]
         values: Values = [None] * len(compiler.slots)
         for ref, column in zip(node.args, _sites(compiler, node), strict=True):
             shape, bits = _operand_shape(compiler, ref, batch), 16 if kind == "float" else row.sites[column][2]
@@ -184,11 +201,22 @@ def _measured(compiler: Compiler, index: int, node: Node, row: Row, batch: int, 
         for name in ("temb", "residual"):
             if isinstance(term := node.kwargs.get(name), Ref):
                 values[compiler.slots[term.name]] = _operand(compiler, _shape(compiler, term, batch), compiler.dtype)
-        times.append(clock(kind, _work(layer, values, row, compiler.slots[node.name])))
+        times.append(clock(kind, [_work(layer, values, row, compiler.slots[node.name]) for layer in layers]))
     return times[0], times[1]
 
 
-def _work(layer: Callable[[Values, Row], None], values: Values, row: Row, out: int) -> Callable[[], Any]:
+def _copies(compiler: Compiler, node: Node, kind: str) -> int:
+    """Copies of a layer's weights, three times a GPU's cache together: a step's other weights drive them out of it."""
+    if compiler.device.type != "cuda":
+        return 1
+    parts = [part for name in layer_names(node) for part in compiler.weights[name]]
+    width = compiler.dtype.itemsize
+    size = sum(part.values.numel() * (part.bits / 8 if kind == "integer" else width) for part in parts)
+    cache = torch.cuda.get_device_properties(compiler.device).L2_cache_size
+    return max(1, min(_MOST_COPIES, math.ceil(3 * cache / size)))
+
+
+def _work(layer: Callable[[Values, Row], None], values: Values, row: Row, out: int) -> Work:
     def work() -> Any:
         layer(values, row)
         return values[out]
