@@ -55,6 +55,22 @@ def activations(shape: tuple[int, ...], bits: int, device: torch.device, sets: i
     return made
 
 
+def row_bytes(features: int, bits: int) -> int:
+    """Bytes of a row of activations as the engine stores it: 4-bit integers two to a byte, if that takes fewer."""
+    if bits == 16:
+        return 2 * features
+    return min(features, ops.packed_width(features)) if bits == 4 else features
+
+
+def as_stored(x: Tensor, bits: int) -> Tensor:
+    """Activations [M, K] or [N, C, H, W] as the engine hands them to a product."""
+    if row_bytes(x.shape[1], bits) >= x.shape[1]:
+        return x
+    from qdiff_kernels.packing import pack_rows
+
+    return pack_rows(x.movedim(1, -1).contiguous()).movedim(-1, 1).view(ops.PACKED)
+
+
 def integers(shape: tuple[int, ...], bits: int, device: torch.device) -> Tensor:
     """Random weights in the range of ``bits``."""
     low, high = numerics.weight_range(bits)
@@ -102,7 +118,7 @@ def gemm_case(shape: Gemm, precision: str, device: torch.device, backend: str | 
     """A linear layer with bias, float16 out; GEGLU alone among epilogues has a float baseline of two kernels."""
     weight_bits, bits = PRECISIONS[precision]
     m, n, k, geglu = shape.m, shape.n, shape.k, shape.geglu
-    moved = m * k * (2 if bits == 16 else 1) + n * k * weight_bits / 8 + 2.0 * m * (n // 2 if geglu else n)
+    moved = m * row_bytes(k, bits) + n * k * weight_bits / 8 + 2.0 * m * (n // 2 if geglu else n)
     sets = set_count(moved, cache_bytes(device))
     x = activations((m, k), bits, device, sets)
     values = [integers((n, k), weight_bits, device) for _ in range(sets)]
@@ -111,8 +127,9 @@ def gemm_case(shape: Gemm, precision: str, device: torch.device, backend: str | 
     at = None if bits == 16 else quantization(device)
     zero_point = None if bits == 16 else ZERO_POINT
     kernel = ops.resolve("int_gemm", device, backend)
-    run = _geglu_run(packed, x, at, bias) if geglu else (
-        lambda i: kernel(x[i], packed[i], at, zero_point, bias, out_dtype=torch.float16)
+    stored = [as_stored(q, bits) for q in x]
+    run = _geglu_run(packed, stored, at, bias) if geglu else (
+        lambda i: kernel(stored[i], packed[i], at, zero_point, bias, out_dtype=torch.float16)
     )  # fmt: skip
 
     def exact() -> Tensor:
@@ -137,12 +154,13 @@ def gemm_case(shape: Gemm, precision: str, device: torch.device, backend: str | 
     return Case(name, f"M{m} N{n} K{k}", precision, 2.0 * m * n * k, moved, sets, run, baselines, check, extra)
 
 
-def _geglu_run(packed: list[Any], x: list[Tensor], at: Tensor | None, bias: Tensor) -> Callable[[int], Tensor]:
+def _geglu_run(packed: list[Any], stored: list[Tensor], at: Tensor | None, bias: Tensor) -> Callable[[int], Tensor]:
     """The GEGLU epilogue is the kernel's own; `ops` has no name for it."""
     from qdiff_kernels.int_gemm import int_gemm
     from qdiff_kernels.packing import pack
 
     weights = [pack(p.values, p.scale, p.bits) for p in packed]
+    x = [q.view(torch.uint8) if q.dtype == ops.PACKED else q for q in stored]
     return lambda i: int_gemm(x[i], weights[i], at, bias, geglu=True)
 
 
@@ -170,7 +188,7 @@ def conv_case(shape: Conv, precision: str, device: torch.device, backend: str | 
     weight_bits, bits = PRECISIONS[precision]
     batch, cin, cout, size = shape.batch, shape.cin, shape.cout, shape.size
     pixels = batch * size * size
-    moved = pixels * cin * (2 if bits == 16 else 1) + 9.0 * cin * cout * weight_bits / 8 + 2.0 * pixels * cout
+    moved = pixels * row_bytes(cin, bits) + 9.0 * cin * cout * weight_bits / 8 + 2.0 * pixels * cout
     sets = set_count(moved, cache_bytes(device))
     x = activations((batch, cin, size, size), bits, device, sets)
     values = [integers((cout, cin, 3, 3), weight_bits, device) for _ in range(sets)]
@@ -178,7 +196,8 @@ def conv_case(shape: Conv, precision: str, device: torch.device, backend: str | 
     packed = [ops.pack_conv2d(v, weight_scale, padding=(1, 1, 1, 1), bits=weight_bits) for v in values]
     at, zero_point = (None, None) if bits == 16 else (quantization(device), ZERO_POINT)
     kernel = ops.resolve("int_conv2d", device, backend)
-    segments = [ops.Segment(q, w, at, zero_point, min(bits, 8)) for q, w in zip(x, packed, strict=True)]
+    stored = [as_stored(q, bits) for q in x]
+    segments = [ops.Segment(q, w, at, zero_point, min(bits, 8)) for q, w in zip(stored, packed, strict=True)]
 
     def run(i: int) -> Tensor:
         return kernel([segments[i]], bias, out_dtype=torch.float16)

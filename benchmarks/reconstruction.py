@@ -22,8 +22,9 @@ COLUMNS = (
 )  # fmt: skip
 PRECISIONS = ("w4a8", "w4a4")
 GROUPS = (1, 2, 5, 10)
-LEARN_PAIRS = ("every", "uniform:260", "gaussian:260", "density:260")
-PAIRS = ("every", "uniform:160", "gaussian:160", "density:160")  # of 1,280 (x_t, t); every costs the same to learn on
+LEARN_PAIRS = ("every", "uniform:260", "gaussian:260", "density:260")  # "every" is 256 of them
+AGAIN = (252, 256, 264, 268)  # other counts draw other pairs: what chance does
+PAIRS = ("every", "uniform:160", "gaussian:160", "density:160")  # of 1,280 (x_t, t); as many iterations on each
 SEED = 1  # of the images; calibration draws from seed 0
 
 
@@ -76,6 +77,9 @@ def plan(quick: bool) -> list[sections.Section]:
         sets = [Contestant(precision, weights="gptq", learn_pairs=pairs) for pairs in LEARN_PAIRS]
         sets += [Contestant(precision, weights="gptq", align="accuquant:5", pairs=pairs) for pairs in PAIRS]
         found.append(section(f"{precision} calibration sets", sets))
+    kinds = [pairs.partition(":")[0] for pairs in LEARN_PAIRS[1:]]
+    again = [Contestant("w4a8", weights="gptq", learn_pairs=f"{kind}:{count}") for kind in kinds for count in AGAIN]
+    found.append(section("w4a8 calibration sets drawn again", again))
     return found[:2] if quick else found
 
 
