@@ -65,6 +65,17 @@ def test_the_gpu_that_is_named_is_the_one_judged(gpu: Callable[..., None]) -> No
     assert "7.5" in str(ops.refusal(torch.device("cuda", 1)))
 
 
+def test_a_missing_c_compiler_is_told(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu((9, 0))
+    monkeypatch.setenv("CC", "cc")
+    assert "compiler" not in ops.backends()["triton"]["reason"]
+    gpu((9, 0))
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    status = ops.backends()["triton"]
+    assert status["available"] and "no C compiler found" in status["reason"]
+
+
 def test_operators_run_on_their_own_gpu(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton launches on the current GPU: the one of the tensors is made current, where there are several."""
     entered: list[int] = []

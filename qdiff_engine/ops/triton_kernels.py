@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import shutil
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -49,7 +50,10 @@ def available() -> tuple[bool, str]:
     refusal = unsupported(torch.device("cuda", torch.cuda.current_device()))
     if refusal is not None:
         return False, refusal
-    return True, f"Triton {triton.__version__} on {torch.cuda.get_device_name()}; not yet verified on hardware"
+    remarks = ["not yet verified on hardware"]
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        remarks.append("no C compiler found (gcc, clang or CC), and Triton needs one before it first starts a kernel")
+    return True, f"Triton {triton.__version__} on {torch.cuda.get_device_name()}; {'; '.join(remarks)}"
 
 
 def _release(module: Any) -> tuple[int, ...]:
