@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import networks
@@ -16,7 +17,7 @@ from qdiff_engine.runtime import compiler
 from qdiff_engine.runtime.float_layers import float_layer
 from qdiff_engine.runtime.replay import ReplayedProgram
 from qdiff_engine.runtime.summary import inspect
-from qdiff_engine.runtime.tuning import floating_sites, host_clock, retabled
+from qdiff_engine.runtime.tuning import _copies, floating_sites, host_clock, retabled
 from qdiff_engine.tables import Table
 
 PLAN = ("A4", "A8", "A16", "A8")
@@ -144,6 +145,19 @@ def test_inspect_shows_both_times(tmp_path: Path) -> None:
 def test_the_host_clock_reads_milliseconds() -> None:
     calls: list[int] = []
     assert 0 <= host_clock("integer", [lambda: calls.append(1)]) < 1000 and len(calls) > 1
+
+
+def test_a_gpu_reads_weights_that_its_cache_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies for three times the cache, of half a byte and of two bytes a weight; 64 of them at most."""
+    cache = SimpleNamespace(L2_cache_size=10**6)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cache)
+    parts = {
+        name: (SimpleNamespace(values=torch.empty(n, 1000), bits=4),) for name, n in (("large", 1000), ("thin", 1))
+    }
+    made: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16, weights=parts)
+    layers: list[Any] = [SimpleNamespace(kwargs={"layer": name}) for name in parts]
+    copies = [_copies(made, layer, kind) for layer in layers for kind in ("integer", "float")]
+    assert copies == [6, 2, 64, 64]
 
 
 @pytest.mark.parametrize("value, error", [(0, ValueError), (1.5, TypeError)])
