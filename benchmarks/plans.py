@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,18 +118,16 @@ def by_exchange(effects: RowEffects, fraction: float, floating: int, starts: int
         reached, before = effects.distance(modes), math.inf
         while reached < before:
             before = reached
-            pairs = [(i, j) for i, j in itertools.combinations(range(rows), 2) if modes[i] != modes[j]]
-            reached, modes = min([(reached, modes), *((effects.distance(m), m) for m in swapped(modes, pairs))])
+            reached, modes = min([(reached, modes), *((effects.distance(other), other) for other in exchanged(modes))])
         found.append((reached, modes))
     return min(found)[1]
 
 
-def swapped(modes: tuple[str, ...], pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[str, ...]]:
-    """The plan with each pair of rows exchanged, in turn."""
-    for i, j in pairs:
-        changed = list(modes)
-        changed[i], changed[j] = changed[j], changed[i]
-        yield tuple(changed)
+def exchanged(modes: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The plan with the modes of two rows exchanged, for every pair that has different ones."""
+    for i, j in itertools.combinations(range(len(modes)), 2):
+        if modes[i] != modes[j]:
+            yield (*modes[:i], modes[j], *modes[i + 1 : j], modes[i], *modes[j + 1 :])
 
 
 def plan_of(name: str, rows: int, effects: RowEffects | None = None) -> str | tuple[str, ...]:
